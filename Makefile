@@ -1,0 +1,46 @@
+# `make demo` and `make test` install everything they need into .venv on first use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help demo test lint format clean
+
+help:
+	@echo "make demo    compress the shipped demo model and show the summary"
+	@echo "make test    lint, types and tests"
+	@echo "make lint    ruff and pyright only"
+	@echo "make format  let ruff rewrite the code"
+	@echo "make clean   remove .venv and out"
+
+demo: $(VENV)/.installed
+	$(BIN)/moe-rco prune --recipe recipes/demo.yaml --overwrite
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) out
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "moe_rco needs Python 3.11 or newer, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true)." >&2; \
+	  echo "Name another one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "Installing moe_rco and its dependencies into $(VENV) (torch is large: this takes minutes) ..."
+	@$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "Installing the development tools ..."
+	$(PIP_INSTALL) --editable '.[dev]'
+	@touch $@

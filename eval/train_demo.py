@@ -1,0 +1,183 @@
+"""Train one of the demo models on the CPU and export it in the Hugging Face format.
+
+The shipped models (one core each, about 50 minutes for the first and 25 for each of the others)::
+
+    export OMP_NUM_THREADS=1
+    python -m eval.gather UNPACKED DIR                      # see eval.gather for the sources
+    python -m eval.corpus DIR moe_rco/demo/text
+    python -m eval.train_demo --corpus DIR --model qwen3_moe --out moe_rco/demo/model --minutes 50
+    python -m eval.train_demo --corpus DIR --model mixtral --out eval/models/mixtral --minutes 23
+    python -m eval.train_demo --corpus DIR --model qwen2_moe --out eval/models/qwen2_moe --minutes 23
+
+The learning rate warms up, stays, and falls linearly to zero over the last part of the run, whose length is
+``--steps`` or ``--minutes``, whichever ends first. The last quarter of the run has sequences of twice the
+length. A run continues from the checkpoint in its ``--run`` folder, exactly as if it had not been interrupted
+when its length is given in steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
+
+import eval.experts  # noqa: F401  (registers the "sorted" experts)
+from eval.batches import Batches, load, prepare
+from eval.demo_configs import demo_config
+from eval.optimizer import build_optimizers
+
+BATCH_TOKENS = 8192
+BALANCE = 0.01
+WARM_UP, DECAY_FROM, LONG_FROM = 0.02, 0.4, 0.75
+MUON_LR, ADAM_LR = 0.01, 3e-3
+
+
+def balance_loss(router_logits: list[Tensor], top_k: int) -> Tensor:
+    """Mean over the layers of the switch-transformer loss: 1 when every expert of every layer is equally used."""
+    losses = []
+    for logits in router_logits:
+        probabilities = logits.float().softmax(-1)
+        chosen = torch.bincount(logits.topk(top_k).indices.flatten(), minlength=logits.shape[1])
+        losses.append(logits.shape[1] * (chosen / chosen.sum() * probabilities.mean(0)).sum())
+    return torch.stack(losses).mean()
+
+
+def schedule(progress: float) -> float:
+    return min(1.0, (progress + 1e-4) / WARM_UP, max(0.0, (1 - progress) / (1 - DECAY_FROM)))
+
+
+class Trainer:
+    def __init__(self, config: PretrainedConfig, batches: Batches, seed: int, compiled: bool = True) -> None:
+        torch.manual_seed(seed)
+        self.model: Any = AutoModelForCausalLM.from_config(config)
+        self.model.set_experts_implementation("sorted")
+        self.model.train()
+        self.batches = batches
+        self.step, self.elapsed = 0, 0.0
+        self.optimizers = build_optimizers(self.model, MUON_LR, ADAM_LR)
+        self.router_logits: list[Tensor] = []
+        for name, module in self.model.named_modules():
+            if name.endswith("mlp.gate"):
+                module.register_forward_hook(self._keep_router_logits)
+            if compiled and name.endswith(("self_attn", "layernorm")):
+                module.compile(dynamic=False)
+
+    def _keep_router_logits(self, module: nn.Module, inputs: Any, output: tuple[Tensor, ...]) -> None:
+        self.router_logits.append(output[0])
+
+    def train_step(self, progress: float, length: int, batch_tokens: int = BATCH_TOKENS) -> tuple[float, float]:
+        """One update; returns the language-modelling loss and the balance loss."""
+        tokens = self.batches.draw(self.step, batch_tokens // length, length)
+        self.router_logits.clear()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            hidden = self.model.model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
+            logits = self.model.lm_head(hidden)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+        balance = balance_loss(self.router_logits, self.model.config.num_experts_per_tok)
+        (loss + BALANCE * len(self.router_logits) * balance).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group.setdefault("peak_lr", group["lr"])
+                group["lr"] = group["peak_lr"] * schedule(progress)
+            optimizer.step()
+            optimizer.zero_grad()
+        self.step += 1
+        return loss.item(), balance.item()
+
+    def save(self, path: Path) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "step": self.step,
+            "elapsed": self.elapsed,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, path.with_suffix(".new"))
+        path.with_suffix(".new").rename(path)
+
+    def restore(self, path: Path) -> None:
+        state = torch.load(path)
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.step, self.elapsed = state["step"], state["elapsed"]
+
+    def run(self, steps: int, minutes: float, length: int, every: int, checkpoint: Callable[[], None]) -> None:
+        started, begun = time.time(), self.elapsed
+        while True:
+            self.elapsed = begun + time.time() - started
+            progress = max(self.step / steps, self.elapsed / (60 * minutes))
+            if progress >= 1:
+                break
+            loss, balance = self.train_step(progress, length * (2 if progress >= LONG_FROM else 1))
+            if self.step % 20 == 0:
+                tokens = self.step * BATCH_TOKENS
+                print(
+                    f"step {self.step} {progress:.1%} loss {loss:.3f} balance {balance:.3f} "
+                    f"{tokens / 1e6:.2f} M tokens {self.elapsed / 60:.1f} min",
+                    flush=True,
+                )
+            if self.step % every == 0:
+                checkpoint()
+        checkpoint()
+
+
+def export(model: Any, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Write the model in bfloat16 to ``out``, which is replaced only once the new folder is complete."""
+    copy: Any = AutoModelForCausalLM.from_config(model.config)
+    copy.load_state_dict(model.state_dict())
+    copy.to(torch.bfloat16)
+    copy.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    fresh, old = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
+    shutil.rmtree(fresh, ignore_errors=True)
+    copy.save_pretrained(fresh, max_shard_size="3MB")
+    tokenizer.save_pretrained(fresh)
+    if out.exists():
+        out.rename(old)
+    fresh.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, required=True, help="folder written by eval.gather")
+    parser.add_argument("--model", choices=("qwen3_moe", "mixtral", "qwen2_moe"), required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the exported model")
+    parser.add_argument("--run", type=Path, help="folder of the checkpoint (eval/runs/MODEL)")
+    parser.add_argument("--cache", type=Path, help="folder of tokenizer and tokens (DIR/cache)")
+    parser.add_argument("--steps", type=int, default=100_000)
+    parser.add_argument("--minutes", type=float, default=1e9)
+    parser.add_argument("--length", type=int, default=256, help="tokens a sequence, twice as many at the end")
+    parser.add_argument("--every", type=int, default=200, help="steps between checkpoints and exports")
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    cache = args.cache or args.corpus / "cache"
+    prepare(args.corpus, cache)
+    tokenizer, batches = load(cache, args.seed)
+    trainer = Trainer(demo_config(args.model), batches, args.seed)
+    saved = (args.run or Path("eval/runs") / args.model) / "checkpoint.pt"
+    if saved.exists():
+        trainer.restore(saved)
+
+    def checkpoint() -> None:
+        trainer.save(saved)
+        export(trainer.model, tokenizer, args.out)
+
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    trainer.run(args.steps, args.minutes, args.length, args.every, checkpoint)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""Model families. A new one is a file here, a line in `FAMILIES` and a recipe; the contract tests then run on it."""
+
+from __future__ import annotations
+
+import difflib
+
+from moe_rco.adapters.base import Adapter, Config, route
+from moe_rco.adapters.mixtral import Mixtral
+from moe_rco.adapters.qwen2_moe import Qwen2Moe
+from moe_rco.adapters.qwen3_moe import Qwen3Moe
+from moe_rco.errors import ModelError
+
+FAMILIES: dict[str, Adapter] = {family.model_type: family for family in (Qwen3Moe(), Qwen2Moe(), Mixtral())}
+
+
+def get_adapter(config: Config) -> Adapter:
+    """The adapter of a model's config.json. Raises ModelError naming the nearest supported families."""
+    model_type = str(config.get("model_type", ""))
+    if model_type not in FAMILIES:
+        near = difflib.get_close_matches(model_type, FAMILIES, 1, cutoff=0.4)
+        hint = f"; the nearest is '{near[0]}'" if near else ""
+        raise ModelError(
+            f"model_type '{model_type}' in config.json is not supported{hint} (supported: {', '.join(sorted(FAMILIES))})"
+        )
+    adapter = FAMILIES[model_type]
+    named = config.get("architectures") or [adapter.architecture]
+    if adapter.architecture not in named:
+        raise ModelError(f"architecture {named[0]} in config.json is not supported; expected {adapter.architecture}")
+    top_k, experts = adapter.top_k(config), adapter.num_experts(config)
+    if not 1 <= top_k <= experts:
+        raise ModelError(f"config.json routes each token to {top_k} of {experts} experts; num_experts_per_tok is wrong")
+    if not adapter.moe_layers(config):
+        raise ModelError("config.json describes no MoE layer (see mlp_only_layers and decoder_sparse_step)")
+    return adapter
+
+
+__all__ = ["FAMILIES", "Adapter", "get_adapter", "route"]

@@ -1,0 +1,119 @@
+"""What a model family must tell us, and the routing arithmetic all families share.
+
+An adapter answers from `config.json` alone (a plain dict), so that it can be asked before a weight is read. Names are those on
+disk; transformers 5 fuses the experts of a layer into 3-D parameters on load and splits them again on save.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_rco.errors import ModelError
+from moe_rco.types import Group, Weight
+
+MASKED_LOGIT = -1e30
+"""Router logit of a pruned expert: large and finite, because -inf minus -inf would be NaN in some kernels."""
+
+Config = Mapping[str, Any]
+
+
+def get_field(config: Config, key: str) -> Any:
+    """A required entry of config.json. Raises ModelError naming the key."""
+    if config.get(key) is None:
+        raise ModelError(f"config.json of this {config.get('model_type')} model has no '{key}'; is the file complete?")
+    return config[key]
+
+
+class Adapter:
+    """Facts about one model family. Subclasses set the class attributes and override what differs.
+
+    The defaults are those of the Qwen families: experts under `mlp.experts`, dense layers given by `mlp_only_layers` and
+    `decoder_sparse_step`.
+    """
+
+    model_type: str
+    architecture: str
+    block = "mlp"
+    """Name of the MoE block inside a decoder layer, on disk."""
+    projections = ("gate_proj", "up_proj", "down_proj")
+    """Names of gate, up and down inside an expert, on disk."""
+    intermediate_key = "moe_intermediate_size"
+
+    def num_experts(self, config: Config) -> int:
+        # transformers 5 writes `num_local_experts` for every family; older Qwen files say `num_experts`.
+        key = "num_local_experts" if config.get("num_local_experts") is not None else "num_experts"
+        return int(get_field(config, key))
+
+    def top_k(self, config: Config) -> int:
+        return int(get_field(config, "num_experts_per_tok"))
+
+    def renormalise(self, config: Config) -> bool:
+        """Whether the chosen experts' weights are divided by their sum."""
+        return bool(config.get("norm_topk_prob", False))
+
+    def moe_layers(self, config: Config) -> list[int]:
+        """Indices of the decoder layers that route (the others are dense)."""
+        dense = set(config.get("mlp_only_layers") or ())
+        step = int(config.get("decoder_sparse_step") or 1)
+        layers = int(get_field(config, "num_hidden_layers"))
+        return [layer for layer in range(layers) if layer not in dense and (layer + 1) % step == 0]
+
+    def expert_shape(self, config: Config) -> tuple[int, int]:
+        """(hidden size, intermediate size) of one routed expert."""
+        return int(get_field(config, "hidden_size")), int(get_field(config, self.intermediate_key))
+
+    def expert(self, config: Config, layer: int, index: int) -> Group:
+        """The group of one expert; its weights are gate [I, H], up [I, H] and down [H, I], in this order."""
+        hidden, intermediate = self.expert_shape(config)
+        name = f"model.layers.{layer}.{self.block}.experts.{index}"
+        shapes = ((intermediate, hidden), (intermediate, hidden), (hidden, intermediate))
+        weights = tuple(
+            Weight(f"{name}.{projection}.weight", shape)
+            for projection, shape in zip(self.projections, shapes, strict=True)
+        )
+        return Group(name, layer, index, weights)
+
+    def groups(self, config: Config) -> tuple[Group, ...]:
+        """Every routed expert, layer by layer."""
+        return tuple(
+            self.expert(config, layer, index)
+            for layer in self.moe_layers(config)
+            for index in range(self.num_experts(config))
+        )
+
+    def router_name(self, layer: int) -> str:
+        """Name on disk of a router's weight [E, H]."""
+        return f"model.layers.{layer}.{self.block}.gate.weight"
+
+    def disk_name(self, parameter: str) -> str:
+        """Name on disk of a transformers parameter that is not a routed expert's."""
+        return parameter
+
+    def always_on(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+        """What a MoE block adds for every token beside its routed experts: x [T, H] -> [T, H], or None."""
+        return None
+
+
+def route(
+    logits: torch.Tensor, top_k: int, renormalise: bool, kept: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose experts as a deployed model does: pruned experts are masked *before* the softmax.
+
+    Args:
+        logits: [T, E] router outputs.
+        kept: bool [E], False for pruned experts; None keeps all.
+
+    Returns:
+        weights float32 [T, top_k] and ids int64 [T, top_k], largest first.
+    """
+    scores = logits.float()
+    if kept is not None:
+        scores = scores.masked_fill(~kept, MASKED_LOGIT)
+    weights, ids = torch.topk(torch.softmax(scores, dim=-1), top_k, dim=-1)
+    if renormalise:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights, ids

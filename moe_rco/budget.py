@@ -1,0 +1,100 @@
+"""The budget as a user writes it, and its resolution to integer bytes, which happens once."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from moe_rco.errors import BudgetError
+from moe_rco.types import Budget, CostTable
+from moe_rco.units import format_size, parse_size
+
+FORMS = ("bytes", "ratio", "avg_bits")
+_FORMS_TEXT = "bytes (as in 12MiB), ratio (as in 0.35) or avg_bits (as in 4.25)"
+
+Size = Annotated[int, BeforeValidator(parse_size)]
+
+
+class BudgetSpec(BaseModel):
+    """Exactly one of three ways to say how many bytes the routed experts may take on disk.
+
+    `bytes` is that number. `ratio` is a fraction of what they take in the model as given. `avg_bits` is bits
+    per original weight of a routed expert, scales and everything else that is written included.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    bytes: Size | None = None
+    ratio: float | None = Field(None, gt=0, le=1)
+    avg_bits: float | None = Field(None, gt=0, le=64)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_form(cls, value: Any) -> Any:
+        value = {} if value is None else value
+        if isinstance(value, list | tuple):
+            raise ValueError("a list of budgets is not available in this version; give one")
+        if isinstance(value, str | int | float):
+            raise ValueError(f"say what {value} counts: {_FORMS_TEXT}, as in 'budget: {{ratio: 0.35}}'")
+        if isinstance(value, dict):
+            if "fit" in value:
+                raise ValueError(f"the form 'fit' is not available in this version; give {_FORMS_TEXT}")
+            given = [form for form in FORMS if value.get(form) is not None]
+            if len(given) > 1:
+                raise ValueError(f"two budget forms, {' and '.join(map(repr, given))}; keep one of them")
+            if not given and not set(value) - set(FORMS):
+                raise ValueError(f"no budget given; write {_FORMS_TEXT}")
+        return value
+
+    @property
+    def form(self) -> str:
+        return next(form for form in FORMS if getattr(self, form) is not None)
+
+    @property
+    def text(self) -> str:
+        """The budget as the user put it, for people."""
+        if self.bytes is not None:
+            return format_size(self.bytes)
+        return f"ratio {self.ratio:g}" if self.ratio is not None else f"{self.avg_bits:g} bits per weight"
+
+    def resolve(self, table: CostTable) -> Budget:
+        """Integer bytes, rounded down. Raises BudgetError, naming the smallest and largest possible figure.
+
+        Refused are a budget below what the cheapest option everywhere costs (with each layer keeping the
+        experts a token needs), and one above what the routed experts take uncompressed. A budget between the
+        dearest option everywhere and that is granted: the search may then give every expert its dearest
+        option, and the rest is slack.
+        """
+        unit = self._bytes_per_unit(table)
+        value = self.bytes if self.bytes is not None else (self.ratio or self.avg_bits or 0)
+        # Through the decimal digits: 0.35 means 35/100, not the binary float next to it.
+        size = math.floor(Fraction(str(value)) * unit)
+        smallest, largest = table.range[0], max(table.range[1], table.original_bytes)
+        if smallest <= size <= largest:
+            return Budget(size, self.text)
+        if size < smallest:
+            problem = f"is too small for the options {', '.join(option.name for option in table.options)}"
+            if table.prune_index is not None:
+                problem += f" (every layer keeps at least {table.floor} experts)"
+        else:
+            problem = "is more than the routed experts take uncompressed: nothing needs to be done"
+        raise BudgetError(
+            f"budget {self._show(size, unit)} {problem}; the smallest possible is "
+            f"{self._show(smallest, unit, up=True)}, the largest {self._show(largest, unit)}"
+        )
+
+    def _bytes_per_unit(self, table: CostTable) -> Fraction:
+        if self.bytes is not None:
+            return Fraction(1)
+        return Fraction(table.original_bytes) if self.ratio is not None else Fraction(table.numel, 8)
+
+    def _show(self, size: int, unit: Fraction, up: bool = False) -> str:
+        """Bytes in the user's own unit, rounded so that the figure shown can be typed into the recipe."""
+        if self.bytes is not None:
+            return f"{size:,} bytes ({format_size(size)})"
+        scaled = Fraction(size) / unit * 10_000
+        figure = (math.ceil(scaled) if up else math.floor(scaled)) / 10_000
+        return f"{self.form} {figure:g} ({size:,} bytes)"

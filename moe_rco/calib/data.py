@@ -1,0 +1,201 @@
+"""Calibration text: reading documents, and cutting them into sequences of tokens.
+
+Sequences never mix the two sides: a document is either used for gradients or kept out, so what is measured on the kept-out
+sequences is not learnt by heart.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moe_rco.errors import DataError
+from moe_rco.recipe import DEMO, DEMO_CALIBRATION, Calibration, DataSource
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text and the name of the part of the mix it belongs to."""
+
+    text: str
+    domain: str
+
+
+@dataclass(frozen=True)
+class TokenPool:
+    """Sequences of equal length. ids int64 [N, S]; `domains` names where each came from."""
+
+    ids: torch.Tensor
+    domains: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batches(self, size: int) -> Iterator[tuple[slice, torch.Tensor]]:
+        for start in range(0, len(self), size):
+            part = slice(start, start + size)
+            yield part, self.ids[part]
+
+
+def read_documents(source: DataSource, text_field: str) -> Iterator[Document]:
+    """Documents of a .jsonl, .parquet or .txt file, of a Hub dataset, or of the shipped text (`demo`).
+
+    A `domain` column names the part of the mix; without one it is the source's name. Raises DataError.
+    """
+    if source.data == DEMO:
+        yield from _jsonl(DEMO_CALIBRATION, text_field)
+        return
+    path = Path(source.data).expanduser()
+    if path.is_dir():
+        raise DataError(f"calibration data {path} is a directory; name a .jsonl, .parquet or .txt file in it")
+    if path.is_file():
+        if path.suffix in (".jsonl", ".json"):
+            yield from _jsonl(path, text_field)
+        elif path.suffix == ".txt":
+            yield Document(_read_text(path), path.stem)
+        elif path.suffix == ".parquet":
+            yield from _rows(_load("parquet", data_files=str(path)), text_field, path.stem, str(path))
+        else:
+            raise DataError(f"calibration data {path}: unknown kind of file; use .jsonl, .parquet or .txt")
+        return
+    if path.suffix in (".jsonl", ".json", ".parquet", ".txt"):
+        raise DataError(f"calibration data {path}: no such file")
+    yield from _rows(_load(source.data, streaming=True), text_field, source.data, source.data)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"calibration data {path} is not UTF-8 text") from error
+    except OSError as error:
+        raise DataError(f"calibration data {path} cannot be read: {error.strerror}") from error
+
+
+def _jsonl(path: Path, text_field: str) -> Iterator[Document]:
+    for number, line in enumerate(_read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"calibration data {path}, line {number}: not JSON ({error})") from error
+        yield _document(row, text_field, path.stem, f"{path}, line {number}")
+
+
+def _rows(rows: Iterable[Any], text_field: str, name: str, where: str) -> Iterator[Document]:
+    for row in rows:
+        yield _document(row, text_field, name, where)
+
+
+def _document(row: Any, text_field: str, name: str, where: str) -> Document:
+    text = row.get(text_field) if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        columns = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
+        raise DataError(
+            f"calibration data {where}: no text in '{text_field}' (there are: {columns}); set calibration.text_field"
+        )
+    return Document(text, str(row.get("domain", name)))
+
+
+def _load(name: str, **options: Any) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, split="train", **options)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"calibration data '{name}' could not be loaded ({reason}); name a local .jsonl, .parquet or .txt file "
+            "in calibration.data, or check the connection to the Hugging Face Hub"
+        ) from error
+
+
+def make_pools(calibration: Calibration, tokenizer: Any, vocab_size: int, seed: int) -> tuple[TokenPool, TokenPool]:
+    """The sequences for gradients and those kept out, disjoint in documents.
+
+    Each source gives a share of `calibration.sequences` by its weight, and each domain of a source the same fraction of
+    kept-out sequences. A source with less text than its share gives all it has. Raises DataError.
+    """
+    total = sum(source.weight for source in calibration.data)
+    train: list[tuple[str, np.ndarray]] = []
+    kept_out: list[tuple[str, np.ndarray]] = []
+    for source in calibration.data:
+        wanted = max(2, round(calibration.sequences * source.weight / total))
+        for part, rows in zip((train, kept_out), _pool(source, calibration, tokenizer, wanted, seed), strict=True):
+            part.extend(rows)
+    if not train or not kept_out:
+        raise DataError(
+            f"calibration data {', '.join(source.data for source in calibration.data)} is too short: it must give at "
+            f"least two documents of one sequence of {calibration.sequence_length} tokens each; add text or lower "
+            "calibration.sequence_length"
+        )
+    largest = max(int(row.max()) for _, row in train + kept_out)
+    if largest >= vocab_size:
+        raise DataError(f"the tokenizer gives token {largest}, but the model's vocabulary has {vocab_size} entries")
+    return _stack(train, seed), _stack(kept_out, seed)
+
+
+def _pool(
+    source: DataSource, calibration: Calibration, tokenizer: Any, wanted: int, seed: int
+) -> tuple[list[tuple[str, np.ndarray]], list[tuple[str, np.ndarray]]]:
+    length = calibration.sequence_length
+    documents: dict[str, list[np.ndarray]] = {}
+    tokens, ahead = 0, 2 * wanted * length  # read ahead of need, so that the sample is not only a stream's first lines
+    for document in read_documents(source, calibration.text_field):
+        if not document.text.strip():
+            continue
+        ids = tokenize(tokenizer, document.text)
+        documents.setdefault(document.domain, []).append(ids)
+        tokens += len(ids)
+        if tokens >= ahead and source.data != DEMO:
+            break
+    generator = np.random.default_rng(seed)
+    train: list[tuple[str, np.ndarray]] = []
+    kept_out: list[tuple[str, np.ndarray]] = []
+    for domain in sorted(documents):
+        order = generator.permutation(len(documents[domain]))
+        shuffled = [documents[domain][index] for index in order]
+        if len(shuffled) == 1:  # one long text: its end is kept out
+            cut = int(len(shuffled[0]) * (1 - calibration.holdout))
+            shuffled = [shuffled[0][:cut], shuffled[0][cut:]]
+        sizes = np.cumsum([len(ids) for ids in shuffled])
+        first = int(np.searchsorted(sizes, sizes[-1] * (1 - calibration.holdout)))
+        first = min(max(first, 1), len(shuffled) - 1)
+        share = wanted * sizes[-1] / max(tokens, 1)
+        for rows, part, fraction in (
+            (train, shuffled[:first], 1 - calibration.holdout),
+            (kept_out, shuffled[first:], calibration.holdout),
+        ):
+            cut_rows = cut_sequences(part, length)
+            rows.extend((domain, row) for row in cut_rows[: max(1, round(share * fraction))])
+    return train, kept_out
+
+
+def tokenize(tokenizer: Any, text: str) -> np.ndarray:
+    """Token ids int64 [n] of a document, ended by the tokenizer's end-of-text token if it has one."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if tokenizer.eos_token_id is not None:
+        ids = [*ids, tokenizer.eos_token_id]
+    return np.array(ids, dtype=np.int64)
+
+
+def cut_sequences(documents: Sequence[np.ndarray], length: int) -> list[np.ndarray]:
+    """Join documents and cut them into sequences of `length` tokens; the remainder is dropped."""
+    if not documents:
+        return []
+    joined = np.concatenate(documents)
+    count = len(joined) // length
+    return list(joined[: count * length].reshape(count, length))
+
+
+def _stack(rows: list[tuple[str, np.ndarray]], seed: int) -> TokenPool:
+    order = np.random.default_rng(seed).permutation(len(rows))
+    ids = torch.from_numpy(np.stack([rows[index][1] for index in order]))
+    return TokenPool(ids, tuple(rows[index][0] for index in order))

@@ -1,0 +1,58 @@
+"""Loss and divergence on held-out text, over the whole vocabulary, per domain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from moe_rco.calib.data import TokenPool
+from moe_rco.types import Progress
+
+LogitsOf = Callable[[torch.Tensor], torch.Tensor]
+"""ids [1, S] to logits [1, S, V]."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Means over tokens, in nats: next-token loss before and after, KL(before || after) and its standard error.
+
+    The standard error is over sequences, whose tokens are not independent.
+    """
+
+    name: str
+    tokens: int
+    loss_before: float
+    loss_after: float
+    kl: float
+    kl_stderr: float
+
+
+@torch.no_grad()
+def measure(
+    before: LogitsOf, after: LogitsOf, pool: TokenPool, progress: Progress, title: str = "measure on held-out text"
+) -> tuple[list[Score], Score]:
+    """Scores of every domain, and of all together."""
+    rows = np.zeros((len(pool), 3))
+    with progress.stage(title, len(pool)) as advance:
+        for row in range(len(pool)):
+            ids = pool.ids[row : row + 1]
+            log_p, log_q = (torch.log_softmax(logits(ids)[0].float(), -1) for logits in (before, after))
+            target = ids[0, 1:, None].to(log_p.device)
+            kl = (log_p.exp() * (log_p - log_q)).sum(-1).double().mean()
+            losses = (-log[:-1].gather(-1, target).double().mean() for log in (log_p, log_q))
+            rows[row] = [*(float(loss) for loss in losses), float(kl)]
+            advance(1)
+    length = pool.ids.shape[1]
+    domains = np.array(pool.domains)
+    scores = [_score(name, rows[domains == name], length) for name in sorted(set(pool.domains))]
+    return scores, _score("all", rows, length)
+
+
+def _score(name: str, rows: np.ndarray, length: int) -> Score:
+    before, after, kl = (float(mean) for mean in rows.mean(0))
+    spread = float(rows[:, 2].std(ddof=1)) / math.sqrt(len(rows)) if len(rows) > 1 else math.nan
+    return Score(name, len(rows) * length, before, after, kl, spread)

@@ -1,0 +1,138 @@
+"""The search for an assignment: RCO on the model's own loss, started from the Fisher seed.
+
+Every sample is run as the deployed model. Its gradient estimate is the first-order effect of each move in output space, plus
+the curvature the first order does not see: moving group i from option j to k adds the new option's own error q_ik and, because the
+linear term promises twice what undoing the old one's gives, q_ij.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from moe_rco.calib.data import TokenPool
+from moe_rco.calib.objective import AssignedModel
+from moe_rco.calib.reference import Reference, divergence
+from moe_rco.optim import SolveResult, minimize, solve_mckp
+from moe_rco.recipe import Search
+from moe_rco.types import Assignment, Budget, CostTable, Progress
+
+SEED = "fisher seed"
+STRIDE = 2
+
+
+def knapsack(losses: np.ndarray, table: CostTable, budget: Budget) -> Assignment:
+    """The assignment with the least sum of `losses` [N, K] within budget and floors, exactly. Raises BudgetError."""
+    solution = solve_mckp(-losses, table.costs, budget.bytes, floor=table.floor, layer=table.layer)
+    return Assignment(table, solution.choice)
+
+
+def seed_logits(q: np.ndarray, seed: Assignment) -> torch.Tensor:
+    """-q / T with T the mean predicted loss of the seed's options: differences that matter are of order one."""
+    temperature = q[np.arange(len(q)), seed.choice].mean()
+    return torch.from_numpy(-q / max(temperature, 1e-12))
+
+
+class SampledLoss:
+    """Maps a straight-through sample [N, K] to the KL on a fresh batch; every step uses one batch for all its samples."""
+
+    def __init__(
+        self, model: AssignedModel, q: np.ndarray, pool: TokenPool, reference: Reference, search: Search
+    ) -> None:
+        self._model, self._q, self._pool, self._reference = model, q, pool, reference
+        self._search = search
+        self._calls = 0
+
+    def __call__(self, sample: torch.Tensor) -> torch.Tensor:
+        rows = self._rows(self._calls // self._search.samples)
+        self._calls += 1
+        choice = sample.detach().argmax(1).numpy()
+        target = self._reference.of(rows, self._model.runner.device)
+
+        def loss(row: int, logits: torch.Tensor) -> torch.Tensor:
+            return divergence(target.row(row), logits).sum()
+
+        ids = self._pool.ids[rows]
+        total, effects = self._model.effects(choice, ids, loss, stride=STRIDE)
+        groups = np.arange(len(choice))
+        gradient = effects.linear + self._q + self._q[groups, choice][:, None]
+        gradient[groups, choice] = 0.0
+        return _Estimated.apply(sample, total / ids.numel(), torch.from_numpy(gradient))  # pyright: ignore[reportReturnType]
+
+    def skip(self, steps: int) -> None:
+        """Go on as after `steps` steps."""
+        self._calls = steps * self._search.samples
+
+    def _rows(self, step: int) -> torch.Tensor:
+        """Rows of the step's batch: the pool in a new random order every epoch."""
+        batch = min(self._search.batch, len(self._pool))
+        epoch, position = divmod(step, len(self._pool) // batch)
+        order = np.random.default_rng((self._search.seed, epoch)).permutation(len(self._pool))
+        return torch.from_numpy(order[position * batch : (position + 1) * batch].copy())
+
+
+class _Estimated(torch.autograd.Function):
+    """A loss with a gradient that was estimated beside it."""
+
+    @staticmethod
+    def forward(ctx: Any, sample: torch.Tensor, value: float, gradient: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gradient)
+        return sample.new_tensor(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return grads[0] * ctx.saved_tensors[0], None, None
+
+
+class KeptOut:
+    """Judges discrete assignments by KL on the kept-out sequences."""
+
+    def __init__(self, model: AssignedModel, pool: TokenPool, reference: Reference) -> None:
+        self._model, self._pool, self._reference = model, pool, reference
+
+    def sequences(self, choice: np.ndarray) -> np.ndarray:
+        """KL of each kept-out sequence, float64 [n]."""
+        return self._model.divergences(Assignment(self._model.table, choice), self._pool, self._reference)
+
+    def __call__(self, choice: np.ndarray) -> float:
+        return float(self.sequences(choice).mean())
+
+
+def rco(
+    model: AssignedModel,
+    budget: Budget,
+    q: np.ndarray,
+    pools: tuple[TokenPool, TokenPool],
+    references: tuple[Reference, Reference],
+    search: Search,
+    candidates: Mapping[str, Assignment],
+    progress: Progress,
+) -> SolveResult:
+    """The best assignment found; never worse on the kept-out sequences than the Fisher seed or any candidate."""
+    table = model.table
+    seed = knapsack(q, table, budget)
+    named = {SEED: seed.choice, **{name: candidate.choice for name, candidate in candidates.items()}}
+    smallest, largest = table.range
+    # Where the budget leaves no choice there is nothing to relax.
+    steps = search.steps if smallest < budget.bytes < largest else 0
+    with progress.stage("search", max(steps, 1)) as advance:
+        return minimize(
+            SampledLoss(model, q, pools[0], references[0], search),
+            torch.from_numpy(table.costs),
+            min(budget.bytes, largest),
+            steps=steps,
+            samples=search.samples,
+            lr=search.learning_rate,
+            tau=(search.tau_start, search.tau_end),
+            init_logits=seed_logits(q, seed),
+            floor=table.floor,
+            layer=table.layer,
+            evaluate=KeptOut(model, pools[1], references[1]),
+            evaluate_every=search.evaluate_every,
+            candidates=named,
+            on_step=lambda record: advance(1),
+            seed=search.seed,
+        )

@@ -1,0 +1,130 @@
+"""An output directory that appears complete or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from moe_rco.ckpt.reader import CONFIG
+from moe_rco.ckpt.writer import sync_directory
+from moe_rco.errors import OutputError
+from moe_rco.plan import FILE_NAME, METHOD
+from moe_rco.units import format_size
+
+# File systems need some room beside the files' bytes: directories, metadata, the report.
+MARGIN_BYTES = 16 << 20
+
+
+def check_destination(
+    destination: Path, *, overwrite: bool = False, needed_bytes: int = 0, keep: Path | None = None
+) -> None:
+    """Check, leaving nothing behind, that a directory of `needed_bytes` can be made at `destination`.
+
+    `keep` is a directory (the source model) that must not be replaced. Raises OutputError.
+    """
+    if destination.is_symlink() or destination.exists():
+        if not overwrite:
+            raise OutputError(f"output {destination} exists; name another one, or say to overwrite it")
+        _check_replaceable(destination)
+    if keep is not None and keep.resolve().is_relative_to(destination.resolve()):
+        raise OutputError(f"output {destination} is or holds the model being read; name another one")
+    parent = _existing_parent(destination)
+    if not parent.is_dir():
+        raise OutputError(f"output {destination} cannot be made: {parent} is not a directory")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"output {destination} cannot be made: {parent} is not writable")
+    free = shutil.disk_usage(parent).free
+    if needed_bytes + MARGIN_BYTES > free:
+        raise OutputError(
+            f"output {destination} needs {format_size(needed_bytes)}, but its disk has {format_size(free)} "
+            "free; "
+            "make room or name another directory"
+        )
+
+
+@contextlib.contextmanager
+def replacing(destination: Path, *, overwrite: bool = False, keep: Path | None = None) -> Iterator[Path]:
+    """A fresh directory beside `destination`, renamed to it at the end; removed on any failure or interrupt.
+
+    With `overwrite` the old directory is moved away only once the new one is complete, and then removed.
+    Missing parents are made, and removed again on failure. Raises OutputError.
+    """
+    check_destination(destination, overwrite=overwrite, keep=keep)
+    parent = destination.parent
+    made = _missing_parents(parent)
+    partial = parent / f".{destination.name}.tmp-{os.getpid()}"
+    try:
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+        except OSError as error:
+            raise OutputError(f"output {destination} cannot be made: {error}") from error
+        yield partial
+        sync_directory(partial)
+        _swap(partial, destination, overwrite, keep)
+        made = []
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        for directory in made:
+            with contextlib.suppress(OSError):
+                directory.rmdir()
+
+
+def _swap(partial: Path, destination: Path, overwrite: bool, keep: Path | None) -> None:
+    # Hours may have passed since the first check.
+    check_destination(destination, overwrite=overwrite, keep=keep)
+    old = destination.parent / f".{destination.name}.old-{os.getpid()}"
+    try:
+        if destination.exists():
+            os.rename(destination, old)
+        os.rename(partial, destination)
+        sync_directory(destination.parent)
+    except OSError as error:
+        raise OutputError(f"output {destination} cannot be put in place: {error}") from error
+    finally:
+        # Also after an interrupt between the two renames.
+        if old.exists() and not destination.exists():
+            os.rename(old, destination)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_replaceable(destination: Path) -> None:
+    """Refuse to replace anything but an empty directory or one that we wrote, so that no typing error costs
+    a home.
+    """
+    if destination.is_symlink() or not destination.is_dir():
+        raise OutputError(
+            f"output {destination} is not a directory, so it is not overwritten; name another one"
+        )
+    names = {path.name for path in destination.iterdir()}
+    ours = False
+    if {CONFIG, FILE_NAME} <= names:
+        with contextlib.suppress(OSError, ValueError):
+            config = json.loads((destination / CONFIG).read_text(encoding="utf-8"))
+            ours = (config.get("quantization_config") or {}).get("quant_method") == METHOD
+    if names and not ours:
+        raise OutputError(
+            f"output {destination} was not written by moe-rco, so it is not overwritten; name another one "
+            "or empty it"
+        )
+    if Path.cwd().resolve().is_relative_to(destination.resolve()):
+        raise OutputError(
+            f"output {destination} is or holds the current directory; leave it, or name another one"
+        )
+
+
+def _existing_parent(path: Path) -> Path:
+    for parent in path.absolute().parents:
+        if parent.exists():
+            return parent
+    return path.absolute().parents[-1]
+
+
+def _missing_parents(path: Path) -> list[Path]:
+    """The directories `mkdir(parents=True)` will make, deepest first."""
+    return [directory for directory in (path.absolute(), *path.absolute().parents) if not directory.exists()]

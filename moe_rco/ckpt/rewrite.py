@@ -1,0 +1,166 @@
+"""Writes the compressed checkpoint: quantised experts copied from the store, all else from the model, byte
+for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moe_rco.adapters.base import Adapter
+from moe_rco.ckpt.destination import check_destination, replacing
+from moe_rco.ckpt.header import HeaderError, TensorInfo, read_header
+from moe_rco.ckpt.reader import CONFIG, Checkpoint
+from moe_rco.ckpt.store import Store
+from moe_rco.ckpt.writer import Entry, ShardWriter, from_file, from_tensor, write_text
+from moe_rco.errors import OutputError, PlanError, StoreError
+from moe_rco.plan import FILE_NAME, Plan
+from moe_rco.quant.packing import layout
+from moe_rco.types import Assignment, Option, Progress, Silent, Weight
+
+RECIPE = "recipe.yaml"
+SHARD_BYTES = 5 * 10**9
+COPY_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class RewriteResult:
+    """What was written, in bytes of tensors: `expert_bytes` is the plan's cost, `total_bytes` both
+    together.
+    """
+
+    directory: Path
+    expert_bytes: int
+    other_bytes: int
+    total_bytes: int
+    shards: int
+
+
+def rewrite(
+    checkpoint: Checkpoint,
+    adapter: Adapter,
+    assignment: Assignment,
+    plan: Plan,
+    store: Store,
+    destination: str | Path,
+    recipe_text: str,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> RewriteResult:
+    """Write the model under `assignment` to the directory `destination`, which appears complete or not at
+    all.
+
+    Memory: one tensor of the model. Raises OutputError (destination exists, is not writable, disk full),
+    PlanError (plan, assignment and written bytes disagree), StoreError (a quantised expert is missing or
+    damaged).
+    """
+    destination = Path(destination)
+    if (plan.check(assignment.table).choice != assignment.choice).any():
+        raise PlanError("the plan and the assignment to be written differ")
+    entries, experts = _entries(checkpoint, assignment, store)
+    expert_bytes = sum(entry.nbytes for entry in entries if entry.name in experts)
+    _check_bytes(expert_bytes, plan)
+    total = sum(entry.nbytes for entry in entries)
+    companions = checkpoint.companions()
+    needed = total + sum(path.stat().st_size for path in companions)
+    check_destination(destination, overwrite=overwrite, needed_bytes=needed, keep=checkpoint.directory)
+    config = {**checkpoint.config, "quantization_config": plan.quantization_config()}
+    try:
+        with replacing(destination, overwrite=overwrite, keep=checkpoint.directory) as partial:
+            for path in companions:
+                _copy(path, partial / path.name)
+            write_text(partial / CONFIG, json.dumps(config, indent=2) + "\n")
+            write_text(partial / FILE_NAME, plan.to_json())
+            write_text(partial / RECIPE, recipe_text)
+            with (progress or Silent()).stage("write the model", total) as advance:
+                shards = ShardWriter(partial, shard_bytes, {"format": "pt"}).write(entries, advance)
+            _check_written(shards, entries, experts, plan)
+    except OSError as error:
+        raise OutputError(f"cannot write {destination}: {error}") from error
+    return RewriteResult(destination, expert_bytes, total - expert_bytes, total, len(shards))
+
+
+def output_bytes(checkpoint: Checkpoint, adapter: Adapter, expert_bytes: int) -> int:
+    """Bytes of an output whose experts take `expert_bytes`: what to ask the disk for before any work."""
+    experts = {weight.name for group in adapter.groups(checkpoint.config) for weight in group.weights}
+    others = sum(tensor.nbytes for name, tensor in checkpoint.tensors.items() if name not in experts)
+    return expert_bytes + others + sum(path.stat().st_size for path in checkpoint.companions())
+
+
+def _entries(checkpoint: Checkpoint, assignment: Assignment, store: Store) -> tuple[list[Entry], set[str]]:
+    """Everything to write in the order of the source, and the names of the expert tensors among it."""
+    options: dict[str, tuple[int, Option, Weight]] = {
+        weight.name: (group.layer, assignment.option(row), weight)
+        for row, group in enumerate(assignment.table.groups)
+        for weight in group.weights
+    }
+    if missing := options.keys() - checkpoint.tensors.keys():
+        raise PlanError(f"the plan is of another model: {checkpoint.directory} has no tensor {min(missing)}")
+    stored: dict[tuple[int, Option], dict[str, TensorInfo]] = {}
+    entries: list[Entry] = []
+    experts: set[str] = set()
+    for tensor in checkpoint.tensors.values():
+        if tensor.name not in options:
+            entries.append(from_file(tensor))
+            continue
+        layer, option, weight = options[tensor.name]
+        if option.is_quantized and (layer, option) not in stored:
+            stored[layer, option] = store.tensors(layer, option)
+        source = stored.get((layer, option), {})
+        for entry in _expert(checkpoint, tensor, weight, option, source):
+            entries.append(entry)
+            experts.add(entry.name)
+    return entries, experts
+
+
+def _expert(
+    checkpoint: Checkpoint, tensor: TensorInfo, weight: Weight, option: Option, stored: dict[str, TensorInfo]
+) -> Iterator[Entry]:
+    """The tensors one expert weight is written as: none if it is pruned."""
+    for suffix, (shape, dtype) in layout(weight.shape, option, torch.bfloat16).items():
+        name = f"{weight.name.removesuffix('.weight')}.{suffix}"
+        if not option.is_quantized:
+            copied = tensor.dtype == "BF16"
+            yield from_file(tensor) if copied else _cast(checkpoint, tensor.name, shape)
+            continue
+        found = stored.get(name)
+        if found is None or found.shape != shape or found.torch_dtype != dtype:
+            what = "no" if found is None else "a wrongly shaped"
+            raise StoreError(f"the store has {what} tensor {name}; delete the store and run again")
+        yield from_file(found)
+
+
+def _cast(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Entry:
+    return from_tensor(name, torch.bfloat16, shape, lambda: checkpoint.read(name))
+
+
+def _check_bytes(expert_bytes: int, plan: Plan) -> None:
+    if expert_bytes != plan.cost or expert_bytes > plan.budget:
+        raise PlanError(
+            f"the experts take {expert_bytes} bytes as written, the plan says {plan.cost} of a budget of "
+            f"{plan.budget}"
+        )
+
+
+def _check_written(shards: list[Path], entries: list[Entry], experts: set[str], plan: Plan) -> None:
+    """Read the written headers again: they, not our intentions, must agree with the plan."""
+    try:
+        written = {name: tensor for path in shards for name, tensor in read_header(path).items()}
+    except HeaderError as error:
+        raise OutputError(f"the written weights cannot be read again: {error}; is the disk sound?") from error
+    expected = {entry.name: (entry.dtype, entry.shape) for entry in entries}
+    if {name: (tensor.dtype, tensor.shape) for name, tensor in written.items()} != expected:
+        raise OutputError("the written weights are not those that were to be written; is the disk sound?")
+    _check_bytes(sum(tensor.nbytes for name, tensor in written.items() if name in experts), plan)
+
+
+def _copy(source: Path, target: Path) -> None:
+    with source.open("rb") as reading, target.open("wb") as writing:
+        shutil.copyfileobj(reading, writing, COPY_BYTES)

@@ -1,0 +1,173 @@
+"""The quantised experts of a model, made once: one safetensors file per (layer, option), so that a run can
+resume.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from moe_rco.ckpt.header import HeaderError, TensorInfo, read_header
+from moe_rco.ckpt.writer import from_tensor, sync_directory, write_file, write_text
+from moe_rco.errors import StoreError
+from moe_rco.types import Option
+
+INDEX = "index.json"
+VERSION = 1
+
+
+class Store:
+    """Tensors by (layer, option), named as they will be in the output checkpoint.
+
+    `fingerprint` digests everything the tensors depend on: weights, calibration data, quantiser settings.
+    Opening a store made with another one raises StoreError. A file counts only once `index.json` lists it
+    with its SHA-256, so a run killed at any moment leaves a usable store. One process writes at a time.
+    """
+
+    def __init__(self, directory: str | Path, fingerprint: str) -> None:
+        self.directory = Path(directory)
+        self.fingerprint = fingerprint
+        self._checked: set[str] = set()
+        self._index: dict[str, Any] = {
+            "version": VERSION, "fingerprint": fingerprint, "files": {}, "stats": {}
+        }  # fmt: skip
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if (self.directory / INDEX).exists():
+                self._index = self._open()
+            else:
+                self._save()
+        except OSError as error:
+            raise StoreError(
+                f"cannot use {self.directory} as the store of quantised experts: {error}"
+            ) from error
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """A copy of the layers' statistics: `{"<layer>": {...}}`."""
+        return copy.deepcopy(self._index["stats"])
+
+    def update_stats(self, layer: int, values: Mapping[str, Any]) -> None:
+        """Merge JSON values into a layer's statistics, dictionaries key by key, and save them. Raises
+        StoreError.
+        """
+        _merge(self._index["stats"].setdefault(str(layer), {}), values)
+        self._save_or_raise()
+
+    def has(self, layer: int, option: Option) -> bool:
+        """Whether this layer's experts are stored at this option. Reads no data."""
+        name = _file_name(layer, option)
+        return name in self._index["files"] and (self.directory / name).is_file()
+
+    def write(self, layer: int, option: Option, tensors: Mapping[str, Tensor]) -> None:
+        """Store one layer's experts at one option. Raises StoreError if they cannot be written."""
+        name = _file_name(layer, option)
+        entries = [
+            from_tensor(key, tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor)
+            for key, tensor in sorted(tensors.items())
+        ]
+        partial = self.directory / (name + ".tmp")
+        try:
+            write_file(partial, entries)
+            digest = _sha256(partial)
+            os.replace(partial, self.directory / name)
+            sync_directory(self.directory)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise StoreError(f"cannot write {self.directory / name}: {error}") from error
+        self._checked.discard(name)
+        self._index["files"][name] = digest
+        self._save_or_raise()
+
+    def read(self, layer: int, option: Option) -> dict[str, Tensor]:
+        """The tensors written, memory mapped. The file's SHA-256 is checked once. Raises StoreError."""
+        path = self._checked_path(layer, option)
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+    def tensors(self, layer: int, option: Option) -> dict[str, TensorInfo]:
+        """Where the tensors written lie in their file, to be copied as bytes. Checked as by `read`. Raises
+        StoreError.
+        """
+        path = self._checked_path(layer, option)
+        try:
+            return read_header(path)
+        except HeaderError as error:
+            raise StoreError(f"{path}: {error}; delete it and run again") from error
+
+    def _checked_path(self, layer: int, option: Option) -> Path:
+        name = _file_name(layer, option)
+        path = self.directory / name
+        if not self.has(layer, option):
+            raise StoreError(
+                f"the store {self.directory} has no layer {layer} at {option}; run again to quantise it"
+            )
+        if name not in self._checked:
+            if _sha256(path) != self._index["files"][name]:
+                raise StoreError(
+                    f"{path} is damaged (its SHA-256 is not the one in {INDEX}); delete it and run again"
+                )
+            self._checked.add(name)
+        return path
+
+    def _open(self) -> dict[str, Any]:
+        path = self.directory / INDEX
+        damaged = f"{path} is damaged; delete the directory {self.directory} and run again"
+        try:
+            index = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise StoreError(damaged) from error
+        if not isinstance(index, dict) or not all(
+            isinstance(index.get(key), dict) for key in ("files", "stats")
+        ):
+            raise StoreError(damaged)
+        if index.get("version") != VERSION:
+            raise StoreError(
+                f"the store {self.directory} has format version {index.get('version')}, this program writes "
+                f"{VERSION}; "
+                "delete the directory and run again"
+            )
+        if index.get("fingerprint") != self.fingerprint:
+            raise StoreError(
+                f"the store {self.directory} was made from other weights, calibration data or quantiser "
+                "settings; "
+                "delete the directory to quantise again, or name another one"
+            )
+        return index
+
+    def _save_or_raise(self) -> None:
+        try:
+            self._save()
+        except OSError as error:
+            raise StoreError(f"cannot write {self.directory / INDEX}: {error}") from error
+
+    def _save(self) -> None:
+        partial = self.directory / (INDEX + ".tmp")
+        write_text(partial, json.dumps(self._index, indent=1, sort_keys=True) + "\n")
+        os.replace(partial, self.directory / INDEX)
+        sync_directory(self.directory)
+
+
+def _file_name(layer: int, option: Option) -> str:
+    return f"layer-{layer}.{option.name}.safetensors"
+
+
+def _merge(old: dict[str, Any], new: Mapping[str, Any]) -> None:
+    for key, value in new.items():
+        if isinstance(value, Mapping) and isinstance(old.get(str(key)), dict):
+            _merge(old[str(key)], value)
+        else:
+            old[str(key)] = copy.deepcopy(value)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,18 @@
+"""Minimise a differentiable loss over discrete choices under linear budgets; nothing here knows of language
+models."""
+
+from moe_rco.optim.adam import RiemannianAdam
+from moe_rco.optim.manifold import BudgetManifold
+from moe_rco.optim.mckp import MCKPSolution, solve_mckp
+from moe_rco.optim.overlap import OverlappingBudgetManifold
+from moe_rco.optim.solver import SolveResult, minimize
+
+__all__ = [
+    "BudgetManifold",
+    "MCKPSolution",
+    "OverlappingBudgetManifold",
+    "RiemannianAdam",
+    "SolveResult",
+    "minimize",
+    "solve_mckp",
+]

@@ -1,0 +1,195 @@
+"""The plan: which option every expert takes, at which cost, found from which inputs. Stored as
+`plan.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, field_validator
+
+from moe_rco.errors import PlanError, RecipeError
+from moe_rco.types import Assignment, Budget, CostTable, Option
+
+FILE_NAME = "plan.json"
+METHOD = "moe_rco"
+FORMAT_VERSION = 1
+
+Layers = dict[NonNegativeInt, dict[str, tuple[NonNegativeInt, ...]]]
+"""Layer -> option name -> ids of the experts that take it, ascending. An option no expert takes is left
+out.
+"""
+
+
+class Plan(BaseModel):
+    """A chosen assignment and what it was chosen for.
+
+    `cost` and `budget` are bytes of the routed experts' tensors as written, `slack` is their difference.
+    `model`, `recipe` and `costs` are SHA-256 digests (hex) of the original model, the recipe and the cost
+    table.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = 1
+    model: str
+    recipe: str
+    costs: str
+    options: tuple[str, ...]
+    budget: NonNegativeInt
+    cost: NonNegativeInt
+    slack: int
+    layers: Layers
+    losses: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = {}
+
+    @field_validator("layers")
+    @classmethod
+    def _ordered(cls, layers: Layers) -> Layers:
+        return {
+            layer: {name: tuple(sorted(ids)) for name, ids in sorted(by_option.items())}
+            for layer, by_option in sorted(layers.items())
+        }
+
+    @classmethod
+    def from_assignment(
+        cls,
+        assignment: Assignment,
+        budget: Budget,
+        *,
+        model_digest: str,
+        recipe_digest: str,
+        losses: Mapping[str, float] | None = None,
+    ) -> Plan:
+        """The plan of an assignment. Raises PlanError if the assignment violates the budget or a layer's
+        floor.
+        """
+        assignment.check(budget)
+        table = assignment.table
+        layers: dict[int, dict[str, list[int]]] = {layer: {} for layer in table.layers}
+        for row, group in enumerate(table.groups):
+            layers[group.layer].setdefault(assignment.option(row).name, []).append(group.index)
+        return cls(
+            model=model_digest,
+            recipe=recipe_digest,
+            costs=costs_digest(table),
+            options=tuple(option.name for option in table.options),
+            budget=budget.bytes,
+            cost=assignment.cost,
+            slack=budget.bytes - assignment.cost,
+            layers={layer: {name: tuple(ids) for name, ids in by.items()} for layer, by in layers.items()},
+            losses=dict(losses or {}),
+        )
+
+    def assignment(self, table: CostTable) -> Assignment:
+        """The assignment over a table's groups. Raises PlanError unless each takes exactly one of its
+        options.
+        """
+        options = {option.name: index for index, option in enumerate(table.options)}
+        rows = {(group.layer, group.index): row for row, group in enumerate(table.groups)}
+        choice = np.full(len(table.groups), -1, dtype=np.int64)
+        for (layer, expert), option in by_expert(self.layers).items():
+            if (layer, expert) not in rows:
+                raise PlanError(
+                    f"the plan names expert {expert} of layer {layer}, which the model does not have"
+                )
+            if option.name not in options:
+                raise PlanError(
+                    f"the plan gives expert {expert} of layer {layer} the option {option.name}, "
+                    f"which is not one of its options ({', '.join(options)})"
+                )
+            choice[rows[layer, expert]] = options[option.name]
+        if (choice < 0).any():
+            group = table.groups[int(np.argmax(choice < 0))]
+            raise PlanError(f"the plan gives expert {group.index} of layer {group.layer} no option")
+        return Assignment(table, choice)
+
+    def check(self, table: CostTable) -> Assignment:
+        """Check the plan against the model's cost table and return its assignment.
+
+        Raises PlanError where it does not cover every expert once, names unknown options, misstates its
+        cost, exceeds its budget, breaks a layer's floor, or was made from other costs.
+        """
+        if self.options != tuple(option.name for option in table.options):
+            raise PlanError(
+                f"the plan's options are {', '.join(self.options)}, the cost table's "
+                f"{', '.join(option.name for option in table.options)}"
+            )
+        if self.costs != costs_digest(table):
+            raise PlanError("the plan was made from other costs; search again")
+        assignment = self.assignment(table)
+        if assignment.cost != self.cost:
+            raise PlanError(
+                f"the plan says it costs {self.cost} bytes, its options cost {assignment.cost} bytes"
+            )
+        if self.slack != self.budget - self.cost:
+            raise PlanError(
+                f"the plan says its slack is {self.slack} bytes, it is {self.budget - self.cost} bytes"
+            )
+        assignment.check(Budget(self.budget, f"{self.budget} bytes"))
+        return assignment
+
+    def quantization_config(self) -> dict[str, Any]:
+        """The entry of that name in config.json, by which loaders know what every expert became."""
+        return {
+            "quant_method": METHOD,
+            "format_version": FORMAT_VERSION,
+            "layers": {
+                str(layer): {name: list(ids) for name, ids in by_option.items()}
+                for layer, by_option in self.layers.items()
+            },
+        }
+
+    def to_json(self) -> str:
+        """Sorted JSON: the same plan always gives the same text."""
+        return json.dumps(self.model_dump(), indent=1, sort_keys=True) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan to a file (usually `plan.json`). Raises OSError."""
+        Path(path).write_text(self.to_json(), encoding="utf-8", newline="\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan from a file, or from `plan.json` in a directory. Raises PlanError."""
+        path = Path(path)
+        path = path / FILE_NAME if path.is_dir() else path
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise PlanError(f"cannot read the plan {path} ({error.strerror})") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise PlanError(f"{path} is not a plan: {where + ': ' if where else ''}{first['msg']}") from error
+
+
+def by_expert(layers: Mapping[int, Mapping[str, tuple[int, ...]]]) -> dict[tuple[int, int], Option]:
+    """(layer, expert) -> option. Raises PlanError for an unknown option or an expert named twice."""
+    result: dict[tuple[int, int], Option] = {}
+    for layer, by_option in layers.items():
+        for name, ids in by_option.items():
+            try:
+                option = Option.parse(name)
+            except RecipeError as error:
+                raise PlanError(f"layer {layer}: {error}") from error
+            for expert in ids:
+                if (layer, expert) in result:
+                    raise PlanError(f"expert {expert} of layer {layer} is given two options")
+                result[layer, expert] = option
+    return result
+
+
+def costs_digest(table: CostTable) -> str:
+    """SHA-256 (hex) over a table's groups, options, floor and costs."""
+    groups = [
+        (group.name, group.layer, group.index, [(w.name, w.shape) for w in group.weights])
+        for group in table.groups
+    ]
+    head = [groups, [option.name for option in table.options], table.floor, table.original_bytes]
+    digest = hashlib.sha256(json.dumps(head, separators=(",", ":")).encode())
+    digest.update(np.ascontiguousarray(table.costs, dtype="<i8").tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,242 @@
+"""The recipe: everything a run is told, as one frozen value; loading it, and messages that name the line."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
+
+from moe_rco import marked_yaml
+from moe_rco.budget import BudgetSpec, Size
+from moe_rco.errors import RecipeError
+from moe_rco.recipe_errors import MisplacedError, explain
+from moe_rco.recipe_overrides import apply_overrides
+from moe_rco.types import Option
+
+_PACKAGE = Path(__file__).resolve().parent
+DEMO = "demo"
+DEMO_MODEL = _PACKAGE / "demo" / "model"
+DEMO_CALIBRATION = _PACKAGE / "demo" / "text" / "calibration.jsonl"
+DEMO_HELDOUT = _PACKAGE / "demo" / "text" / "heldout.jsonl"
+
+
+def _option(value: object) -> Option:
+    if isinstance(value, Option):
+        return value
+    if not isinstance(value, str):
+        raise ValueError(f"an option is a word such as prune or int4-g64, not {value!r}")
+    try:
+        return Option.parse(value)
+    except RecipeError as error:
+        raise ValueError(str(error)) from error
+
+
+def _tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _sources(value: object) -> object:
+    listed = (value,) if isinstance(value, str) else _tuple(value)
+    if not isinstance(listed, tuple):
+        return listed
+    return tuple({"data": item} if isinstance(item, str) else item for item in listed)
+
+
+def _version(value: object) -> object:
+    if isinstance(value, bool) or value != 1:
+        raise ValueError(f"this program reads recipes of version 1, not {value}")
+    return value
+
+
+def _device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]+)?", value):
+        raise ValueError(f"must be auto, cpu, mps, cuda or a numbered GPU as in cuda:1, not '{value}'")
+    return value
+
+
+def _or_defaults(value: object) -> object:
+    """A section whose every key is commented out reads as null."""
+    return {} if value is None else value
+
+
+def _available(*missing: str) -> BeforeValidator:
+    def check(value: object) -> object:
+        if value in missing:
+            raise ValueError(f"'{value}' is not available in this version")
+        return value
+
+    return BeforeValidator(check)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Quantizer(_Section):
+    """How weights are rounded: `gptq` compensates errors on calibration tokens, `rtn` rounds to nearest."""
+
+    method: Literal["gptq", "rtn"] = "gptq"
+
+
+class DataSource(_Section):
+    """A Hub dataset, a .jsonl, .parquet or .txt file, or `demo`; `weight` is its share of all."""
+
+    data: str = Field(min_length=1)
+    weight: float = Field(default=1.0, gt=0)
+
+
+class Calibration(_Section):
+    """The text the choice is made on. `holdout` is the fraction of sequences never used for gradients."""
+
+    data: Annotated[tuple[DataSource, ...], BeforeValidator(_sources), Field(min_length=1)]
+    sequences: int = Field(default=512, ge=2)
+    sequence_length: int = Field(default=2048, ge=8)
+    holdout: float = Field(default=0.1, gt=0, lt=1)
+    text_field: str = Field(default="text", min_length=1)
+
+    @property
+    def holdout_sequences(self) -> int:
+        """Sequences kept out of the gradient: at least one, and at least one is left."""
+        return min(max(1, round(self.sequences * self.holdout)), self.sequences - 1)
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.sequence_length
+
+
+class Search(_Section):
+    """Steps of the search. `samples` Gumbel samples a step (antithetic pairs), each on `batch` sequences."""
+
+    method: Literal["rco"] = "rco"
+    steps: int = Field(default=300, ge=0)
+    samples: int = Field(default=4, ge=2, multiple_of=2)
+    batch: int = Field(default=4, ge=1)
+    learning_rate: float = Field(default=0.1, gt=0)
+    tau_start: float = Field(default=1.0, gt=0)
+    tau_end: float = Field(default=0.05, gt=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+
+class Execution(_Section):
+    """Where and how to compute; `auto` decides from the hardware and the model's size."""
+
+    device: Annotated[str, AfterValidator(_device)] = "auto"
+    mode: Annotated[Literal["auto", "resident"], _available("streaming")] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    memory_limit: Size | None = None
+
+
+class Recipe(_Section):
+    """One run: which model, which options, how many bytes, on which text, written where."""
+
+    version: Annotated[Literal[1], BeforeValidator(_version)]
+    model: str = Field(min_length=1)
+    revision: str | None = Field(default=None, min_length=1)
+    options: Annotated[
+        tuple[Annotated[Option, PlainValidator(_option), PlainSerializer(str)], ...],
+        BeforeValidator(_tuple),
+        Field(min_length=1),
+    ]
+    budget: BudgetSpec
+    layout: Annotated[Literal["mixed"], _available("stock")] = "mixed"
+    experimental: bool = False
+    quantizer: Annotated[Quantizer, BeforeValidator(_or_defaults)] = Quantizer()
+    calibration: Calibration
+    search: Annotated[Search, BeforeValidator(_or_defaults)] = Search()
+    execution: Annotated[Execution, BeforeValidator(_or_defaults)] = Execution()
+    output: str = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        names = [option.name for option in self.options]
+        twice = [name for index, name in enumerate(names) if name in names[:index]]
+        if twice:
+            raise MisplacedError(("options",), f"'{twice[0]}' is listed twice")
+        if all(option.is_prune for option in self.options):
+            raise MisplacedError(
+                ("options",), "at least one option must keep an expert, such as int4-g64 or bf16"
+            )
+        low = [option.name for option in self.options if option.bits in (2, 3)]
+        if low and not self.experimental:
+            raise MisplacedError(
+                ("options",),
+                f"{' and '.join(low)} cannot be served by vLLM's fast CUDA kernels yet; leave out, or "
+                "write 'experimental: true'",
+            )
+        if self.search.tau_end > self.search.tau_start:
+            raise MisplacedError(("search", "tau_end"), "must not be greater than tau_start")
+        return self
+
+    @property
+    def model_directory(self) -> Path | None:
+        """The local directory `model` names (`demo`: the shipped one), or None if it is not one here."""
+        path = DEMO_MODEL if self.model == DEMO else Path(self.model).expanduser()
+        return path if path.is_dir() else None
+
+    def digest(self) -> str:
+        """sha256 of everything that decides the result: all keys but `output`, defaults included."""
+        data = self.model_dump(mode="json", exclude={"output"})
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """The recipe with every default written out; `parse` reads it back to an equal value."""
+        return marked_yaml.dump(self.model_dump(mode="json", exclude_none=True))
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with the package, by name without `.yaml`."""
+    # A wheel carries them inside the package; in a source checkout they stand beside it.
+    place = _PACKAGE / "recipes"
+    if not place.is_dir() and (_PACKAGE.parent / "pyproject.toml").is_file():
+        place = _PACKAGE.parent / "recipes"
+    return {path.stem: path for path in sorted(place.glob("*.yaml"))}
+
+
+def load(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, or a shipped one by name. `overrides` are texts `a.b=value`. Raises RecipeError."""
+    path = Path(path_or_name)
+    if not path.is_file():
+        path = _find_shipped(str(path_or_name))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 text; is this a recipe?") from error
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
+    return parse(text, str(path), overrides)
+
+
+def parse(text: str, source: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe's YAML; `source` names it in messages. Raises RecipeError, one line with the place."""
+    document = marked_yaml.parse(text, source)
+    apply_overrides(document, overrides)
+    try:
+        return Recipe.model_validate(document.data)
+    except ValidationError as error:
+        raise RecipeError(explain(error, document, Recipe)) from error
+
+
+def _find_shipped(name: str) -> Path:
+    known = shipped()
+    if (stem := name.removesuffix(".yaml")) in known:
+        return known[stem]
+    kind = "is a directory, not a recipe file" if Path(name).is_dir() else "no such recipe file"
+    near = difflib.get_close_matches(stem, known, 1)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    raise RecipeError(f"{name}: {kind}{hint} (recipes that come with moe_rco: {', '.join(known)})")

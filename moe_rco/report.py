@@ -1,0 +1,225 @@
+"""What a run reports (`report.json`, the summary on the screen), and what it is about to do (`--dry-run`)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from moe_rco.errors import PlanError
+
+FILE_NAME = "report.json"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Software(_Part):
+    """Versions of what computed the result, by package name."""
+
+    python: str
+    packages: dict[str, str]
+
+
+class BudgetPart(_Part):
+    """`text` is how the recipe put it, `bytes` what it came to."""
+
+    text: str
+    bytes: int
+
+
+class BytesPart(_Part):
+    """File bytes. Experts are the routed experts' tensors; `other` everything else in the weight files.
+
+    `slack` is budget minus `experts_after`, `slack_ratio` that over the budget; `total` is experts and other.
+    """
+
+    experts_before: int
+    experts_after: int
+    budget: int
+    slack: int
+    slack_ratio: float
+    other: int
+    total: int
+
+
+class Layer(_Part):
+    """`options` is the option's name of each expert, by its original id."""
+
+    layer: int
+    options: tuple[str, ...]
+
+
+class Candidate(_Part):
+    """An assignment that was tried: KL in nats per token on calibration sequences kept out, cost in bytes."""
+
+    name: str
+    kl: float
+    cost: int
+
+
+class Domain(_Part):
+    """Held-out text of one kind. Losses and KL in nats per token, the standard error over sequences."""
+
+    name: str
+    tokens: int
+    loss_before: float
+    loss_after: float
+    kl: float
+    kl_stderr: float
+
+
+class QuantizerOption(_Part):
+    """Relative squared error of the experts' outputs on calibration tokens, by either way of rounding."""
+
+    rtn_error: float
+    gptq_error: float | None = None
+
+
+class QuantizerPart(_Part):
+    """`undersampled_experts` had too few calibration tokens for a Hessian of their own."""
+
+    method: str
+    options: dict[str, QuantizerOption]
+    undersampled_experts: int
+
+
+class Reload(_Part):
+    """The written checkpoint against the searched model: largest difference of a logit."""
+
+    max_logit_difference: float
+    tolerance: float
+    passed: bool
+
+
+class SearchStep(_Part):
+    """One line of the search's history; `kl` is the step's mean loss over its samples, in nats per token."""
+
+    step: int
+    kl: float
+
+
+class SearchPart(_Part):
+    steps: int
+    history: tuple[SearchStep, ...]
+
+
+class Stage(_Part):
+    name: str
+    seconds: float
+
+
+class Report(_Part):
+    """The whole run. `kl` and `kl_stderr` are over all held-out text."""
+
+    version: str
+    software: Software
+    model: str
+    model_digest: str
+    family: str
+    recipe_digest: str
+    seed: int
+    output: str
+    budget: BudgetPart
+    bytes: BytesPart
+    layers: tuple[Layer, ...]
+    counts: dict[str, int]
+    candidates: tuple[Candidate, ...]
+    winner: str
+    domains: tuple[Domain, ...]
+    kl: float
+    kl_stderr: float
+    quantizer: QuantizerPart
+    reload: Reload
+    search: SearchPart
+    stages: tuple[Stage, ...]
+
+    def check(self) -> None:
+        """Raise PlanError, naming both figures, where the bytes of the files and the plan disagree."""
+        sizes = self.bytes
+        counted: dict[str, int] = {}
+        for layer in self.layers:
+            for option in layer.options:
+                counted[option] = counted.get(option, 0) + 1
+        costs = {candidate.name: candidate.cost for candidate in self.candidates}
+        agreements: tuple[tuple[str, Any, str, Any], ...] = (
+            ("budget in bytes", sizes.budget, "resolved budget", self.budget.bytes),
+            ("slack", sizes.slack, "budget minus experts' bytes", sizes.budget - sizes.experts_after),
+            ("total bytes", sizes.total, "experts and others together", sizes.experts_after + sizes.other),
+            ("experts' bytes in the files", sizes.experts_after, "the plan's cost", costs.get(self.winner)),
+            (
+                "counts per option",
+                {name: count for name, count in self.counts.items() if count},
+                "counts over the layers",
+                counted,
+            ),
+        )
+        for name, value, other_name, other in agreements:
+            if value != other:
+                raise PlanError(f"report: {name} ({value}) and {other_name} ({other}) disagree")
+        if sizes.experts_after > sizes.budget:
+            raise PlanError(
+                f"report: the experts take {sizes.experts_after} bytes, the budget is {sizes.budget} bytes"
+            )
+
+    def to_json(self) -> str:
+        """Keys sorted; the same report gives the same text."""
+        return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
+
+    def save(self, directory: Path) -> Path:
+        """Write `report.json` into a directory."""
+        path = directory / FILE_NAME
+        path.write_text(self.to_json(), encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, directory: Path) -> Self:
+        """Read and check the report in a directory. Raises PlanError."""
+        path = directory / FILE_NAME
+        try:
+            report = cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise PlanError(f"{path}: cannot be read: {error.strerror}") from error
+        except (ValidationError, UnicodeDecodeError) as error:
+            raise PlanError(f"{path}: not a report of this version: {str(error).splitlines()[0]}") from error
+        report.check()
+        return report
+
+
+class OptionCost(_Part):
+    """`bytes_per_expert` is the mean over the experts (they differ only where their shapes do)."""
+
+    name: str
+    bytes_per_expert: int
+
+
+class Preflight(_Part):
+    """What `--dry-run` prints: everything known before any work. Sizes in bytes.
+
+    `smallest` and `largest` bound what the options can cost; `memory` estimates the run's peak.
+    """
+
+    model: str
+    family: str
+    layers: int
+    experts_per_layer: int
+    top_k: int
+    options: tuple[OptionCost, ...]
+    experts_before: int
+    smallest: int
+    largest: int
+    budget: BudgetPart
+    sequences: int
+    tokens: int
+    holdout_sequences: int
+    search_method: str
+    search_steps: int
+    search_samples: int
+    output: str
+    disk_needed: int
+    disk_free: int
+    memory: int
+    warnings: tuple[str, ...] = ()

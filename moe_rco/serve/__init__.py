@@ -1,0 +1,1 @@
+"""Loads what `ckpt.rewrite` wrote. Knows nothing of searching or calibrating."""

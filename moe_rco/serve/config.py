@@ -1,0 +1,112 @@
+"""The `quantization_config` of our checkpoints: read, and checked against the model and its files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from moe_rco.adapters.base import Adapter, Config
+from moe_rco.ckpt.header import DTYPE_NAMES, TensorInfo
+from moe_rco.errors import ModelError, PlanError, RecipeError
+from moe_rco.plan import FORMAT_VERSION, METHOD, Layers, by_expert
+from moe_rco.quant.packing import cost_table, layout
+from moe_rco.types import Option
+
+LayerOptions = dict[int, tuple[Option, ...]]
+"""Decoder layer -> the option of each of its experts, in order of their ids."""
+
+
+class _Schema(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    quant_method: str
+    format_version: int
+    layers: Layers
+
+
+def layer_options(quantization_config: Mapping[str, Any], adapter: Adapter, config: Config) -> LayerOptions:
+    """What every expert of a model became. Raises ModelError unless each expert of each MoE layer has one
+    option.
+    """
+    version = quantization_config.get("format_version")
+    if quantization_config.get("quant_method") != METHOD:
+        raise ModelError(
+            f"quantization_config is of '{quantization_config.get('quant_method')}', not of {METHOD}"
+        )
+    if version != FORMAT_VERSION:
+        raise ModelError(
+            f"quantization_config has format_version {version}, this moe_rco reads {FORMAT_VERSION}; "
+            "install the version that wrote the model"
+        )
+    try:
+        options = by_expert(_Schema.model_validate(dict(quantization_config)).layers)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ModelError(f"quantization_config is damaged: {where}: {first['msg']}") from error
+    except PlanError as error:
+        raise ModelError(f"quantization_config is damaged: {error}") from error
+    experts = range(adapter.num_experts(config))
+    expected = {(layer, expert) for layer in adapter.moe_layers(config) for expert in experts}
+    if wrong := expected ^ options.keys():
+        layer, expert = min(wrong)
+        what = "has no option for" if (layer, expert) in expected else "names"
+        end = "" if (layer, expert) in expected else ", which the model does not have"
+        raise ModelError(f"quantization_config {what} expert {expert} of layer {layer}{end}")
+    result = {
+        layer: tuple(options[layer, expert] for expert in experts) for layer in adapter.moe_layers(config)
+    }
+    for layer, chosen in result.items():
+        kept = sum(not option.is_prune for option in chosen)
+        if kept < adapter.top_k(config):
+            raise ModelError(
+                f"quantization_config keeps {kept} experts of layer {layer}, "
+                f"but {adapter.top_k(config)} are used per token"
+            )
+    return result
+
+
+def expected_tensors(
+    layers: LayerOptions, adapter: Adapter, config: Config
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Name on disk -> (shape, dtype) of every expert tensor. Raises ModelError for impossible group sizes."""
+    tensors = {}
+    for layer, options in layers.items():
+        groups = [adapter.expert(config, layer, expert) for expert in range(len(options))]
+        try:
+            cost_table(groups, tuple(dict.fromkeys(options)), 0, 0)
+        except RecipeError as error:
+            raise ModelError(f"quantization_config is damaged: {error}") from error
+        for group, option in zip(groups, options, strict=True):
+            for weight in group.weights:
+                for suffix, form in layout(weight.shape, option).items():
+                    tensors[f"{weight.name.removesuffix('.weight')}.{suffix}"] = form
+    return tensors
+
+
+def check_tensors(
+    expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]], found: Mapping[str, TensorInfo]
+) -> None:
+    """Check that a checkpoint holds exactly the expert tensors promised. Raises ModelError naming the first
+    wrong.
+    """
+    for name, (shape, dtype) in expected.items():
+        tensor = found.get(name)
+        if tensor is None:
+            raise ModelError(
+                f"expert tensor {name}, which quantization_config promises, is missing; copy the model again"
+            )
+        if (tensor.shape, tensor.dtype) != (shape, DTYPE_NAMES[dtype]):
+            raise ModelError(
+                f"expert tensor {name} in {tensor.file} is {tensor.dtype} {list(tensor.shape)}, "
+                f"quantization_config promises {DTYPE_NAMES[dtype]} {list(shape)}; copy the model again"
+            )
+    for name, tensor in found.items():
+        if ".experts." in name and name not in expected:
+            raise ModelError(
+                f"{tensor.file} holds expert tensor {name}, which quantization_config does not account for; "
+                "copy the model again"
+            )

@@ -1,0 +1,43 @@
+"""Sizes as people write them, and back."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+_UNITS = {"": 1, "B": 1} | {
+    prefix + suffix: base**power
+    for suffix, base in (("B", 1000), ("iB", 1024))
+    for power, prefix in enumerate("KMGT", start=1)
+}
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)")
+
+
+def parse_size(value: object) -> int:
+    """Bytes of `12582912`, `'12MiB'`, `'1.5 GiB'` or `'20GB'` (1000-based). Raises ValueError.
+
+    A fraction of a byte is dropped, so that a size is never larger than what was written.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError(f"a size is a whole number of bytes or text as in 12MiB or 20GiB, not {value!r}")
+    if isinstance(value, int):
+        size = value
+    else:
+        match = _SIZE.fullmatch(value.strip().replace("kB", "KB"))
+        if match is None or match[2] not in _UNITS:
+            raise ValueError(f"'{value}' is not a size; write bytes, or a unit as in 12MiB, 1.5GiB or 20GB")
+        size = int(Fraction(match[1]) * _UNITS[match[2]])
+    if size <= 0:
+        raise ValueError(f"a size must be greater than zero, not {value}")
+    return size
+
+
+def format_size(size: int) -> str:
+    """`12582912` as `12.00 MiB`; below 1 KiB the bytes themselves."""
+    value, unit = float(abs(size)), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    sign = "-" if size < 0 else ""
+    return f"{sign}{int(value)} B" if unit == "B" else f"{sign}{value:.2f} {unit}"
