@@ -2,13 +2,14 @@
 
 The shipped models (one core each, about 50 minutes for the first and 25 for each of the others)::
 
-    export OMP_NUM_THREADS=1
+    export OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=500000000
     python -m eval.gather UNPACKED DIR                      # see eval.gather for the sources
     python -m eval.corpus DIR moe_rco/demo/text
     python -m eval.train_demo --corpus DIR --model qwen3_moe --out moe_rco/demo/model --minutes 50
     python -m eval.train_demo --corpus DIR --model mixtral --out eval/models/mixtral --minutes 23
     python -m eval.train_demo --corpus DIR --model qwen2_moe --out eval/models/qwen2_moe --minutes 23
 
+(The MALLOC variables keep freed memory in the process; without them page faults take a third of a step.)
 The learning rate warms up, stays, and falls linearly to zero over the last part of the run, whose length is
 ``--steps`` or ``--minutes``, whichever ends first. The last quarter of the run has sequences of twice the
 length. A run continues from the checkpoint in its ``--run`` folder, exactly as if it had not been interrupted
@@ -26,11 +27,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 import eval.experts  # noqa: F401  (registers the "sorted" experts)
 from eval.batches import Batches, load, prepare
+from eval.cpu_kernels import chunked_cross_entropy
 from eval.demo_configs import demo_config
 from eval.optimizer import build_optimizers
 
@@ -40,12 +41,15 @@ WARM_UP, DECAY_FROM, LONG_FROM = 0.02, 0.4, 0.75
 MUON_LR, ADAM_LR = 0.01, 3e-3
 
 
-def balance_loss(router_logits: list[Tensor], top_k: int) -> Tensor:
-    """Mean over the layers of the switch-transformer loss: 1 when every expert of every layer is equally used."""
+def balance_loss(routed: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Mean over the layers of the switch-transformer loss: 1 when every expert of every layer is equally used.
+
+    ``routed`` holds each layer's router logits and chosen experts.
+    """
     losses = []
-    for logits in router_logits:
+    for logits, experts in routed:
         probabilities = logits.float().softmax(-1)
-        chosen = torch.bincount(logits.topk(top_k).indices.flatten(), minlength=logits.shape[1])
+        chosen = torch.bincount(experts.flatten(), minlength=logits.shape[1])
         losses.append(logits.shape[1] * (chosen / chosen.sum() * probabilities.mean(0)).sum())
     return torch.stack(losses).mean()
 
@@ -59,30 +63,30 @@ class Trainer:
         torch.manual_seed(seed)
         self.model: Any = AutoModelForCausalLM.from_config(config)
         self.model.set_experts_implementation("sorted")
+        self.model.set_attn_implementation("causal_bmm")
         self.model.train()
         self.batches = batches
         self.step, self.elapsed = 0, 0.0
         self.optimizers = build_optimizers(self.model, MUON_LR, ADAM_LR)
-        self.router_logits: list[Tensor] = []
+        self.routed: list[tuple[Tensor, Tensor]] = []
         for name, module in self.model.named_modules():
             if name.endswith("mlp.gate"):
-                module.register_forward_hook(self._keep_router_logits)
+                module.register_forward_hook(self._keep_routing)
             if compiled and name.endswith(("self_attn", "layernorm")):
                 module.compile(dynamic=False)
 
-    def _keep_router_logits(self, module: nn.Module, inputs: Any, output: tuple[Tensor, ...]) -> None:
-        self.router_logits.append(output[0])
+    def _keep_routing(self, module: nn.Module, inputs: Any, output: tuple[Tensor, ...]) -> None:
+        self.routed.append((output[0], output[2]))
 
     def train_step(self, progress: float, length: int, batch_tokens: int = BATCH_TOKENS) -> tuple[float, float]:
         """One update; returns the language-modelling loss and the balance loss."""
         tokens = self.batches.draw(self.step, batch_tokens // length, length)
-        self.router_logits.clear()
+        self.routed.clear()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             hidden = self.model.model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
-            logits = self.model.lm_head(hidden)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
-        balance = balance_loss(self.router_logits, self.model.config.num_experts_per_tok)
-        (loss + BALANCE * len(self.router_logits) * balance).backward()
+        loss = chunked_cross_entropy(hidden.flatten(0, 1), self.model.lm_head.weight, tokens[:, 1:].flatten())
+        balance = balance_loss(self.routed)
+        (loss + BALANCE * len(self.routed) * balance).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:

@@ -28,8 +28,8 @@ class BudgetSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     bytes: Size | None = None
-    ratio: float | None = Field(None, gt=0, le=1)
-    avg_bits: float | None = Field(None, gt=0, le=64)
+    ratio: float | None = Field(default=None, gt=0, le=1)
+    avg_bits: float | None = Field(default=None, gt=0, le=64)
 
     @model_validator(mode="before")
     @classmethod

@@ -121,7 +121,10 @@ class Calibration(_Section):
 
 
 class Search(_Section):
-    """Steps of the search. `samples` Gumbel samples a step (antithetic pairs), each on `batch` sequences."""
+    """Steps of the search: `samples` Gumbel samples a step (antithetic pairs), each on `batch` sequences.
+
+    Every `evaluate_every` steps the most probable assignment is judged on the kept-out sequences.
+    """
 
     method: Literal["rco"] = "rco"
     steps: int = Field(default=300, ge=0)

@@ -22,6 +22,7 @@ def apply_overrides(document: Document, overrides: Sequence[str]) -> None:
         for depth, part in enumerate(path[:-1], start=1):
             if section.get(part) is None:
                 section[part] = {}
+                document.marks.setdefault(path[:depth], source)
             section = section[part]
             if not isinstance(section, dict):
                 above = ".".join(path[:depth])

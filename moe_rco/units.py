@@ -41,3 +41,11 @@ def format_size(size: int) -> str:
         value, unit = value / 1024, larger
     sign = "-" if size < 0 else ""
     return f"{sign}{int(value)} B" if unit == "B" else f"{sign}{value:.2f} {unit}"
+
+
+def format_duration(seconds: float) -> str:
+    """`12.3 s`, `4 min 10 s`, `2 h 05 min`."""
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,31 @@
+"""The methods to beat: uniform widths, frequency pruning, REAP, and an output error proxy with a knapsack."""
+
+from __future__ import annotations
+
+from moe_rco.baselines.proxy import OutputErrors, output_errors, proxy
+from moe_rco.baselines.saliency import prune_lowest
+from moe_rco.baselines.uniform import uniform
+from moe_rco.calib.calibrate import Usage
+from moe_rco.types import Assignment, Budget, CostTable
+
+__all__ = ["OutputErrors", "output_errors", "proxy", "prune_lowest", "starting_points", "uniform"]
+
+
+def starting_points(table: CostTable, budget: Budget, usage: Usage) -> dict[str, Assignment]:
+    """Cheap assignments within the budget, by name, for a search to start from.
+
+    What the options do not allow or what does not fit is left out, and so are options at which nothing has to
+    be pruned: the widest of those is the uniform assignment.
+    """
+    found: dict[str, Assignment] = {}
+    widest = uniform(table, budget)
+    if widest is not None:
+        found[f"uniform {widest.option(0)}"] = widest
+    for name, scores in (("frequency", usage.counts), ("REAP", usage.saliency)):
+        for option in table.options:
+            if option.is_prune or Assignment.uniform(table, option).cost <= budget.bytes:
+                continue
+            pruned = prune_lowest(table, budget, scores, option)
+            if pruned is not None:
+                found[f"{name} + {option}"] = pruned
+    return found

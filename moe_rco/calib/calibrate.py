@@ -21,7 +21,8 @@ from moe_rco.calib.runner import Runner
 from moe_rco.ckpt.store import Store
 from moe_rco.quant.gptq import quantize_gptq
 from moe_rco.quant.grid import Quantized
-from moe_rco.quant.hessian import HessianAccumulator, output_error, shrink
+from moe_rco.quant.hessian import HessianAccumulator, shrink
+from moe_rco.quant.errors import output_error
 from moe_rco.quant.packing import pack
 from moe_rco.quant.rtn import quantize_rtn
 from moe_rco.types import CostTable, Option, Progress
@@ -152,10 +153,11 @@ def _quantise(layer: int, observer: _Observer, options: list[Option], table: Cos
 
 def _relative_error(weights: list[torch.Tensor], quantized: list[Quantized], hessians: list[torch.Tensor]) -> float:
     """Squared output error of a layer's matrices on the calibration tokens, relative to the outputs' own squares."""
-    lost = sum(
-        float(output_error(w - q.dequantize(), h).sum()) for w, q, h in zip(weights, quantized, hessians, strict=True)
-    )
-    return lost / max(sum(float(output_error(w, h).sum()) for w, h in zip(weights, hessians, strict=True)), 1e-300)
+    lost = total = 0.0
+    for weight, rounded, hessian in zip(weights, quantized, hessians, strict=True):
+        lost += float(output_error(weight, rounded.dequantize(), hessian).sum())
+        total += float(output_error(weight, torch.zeros_like(weight), hessian).sum())
+    return lost / max(total, 1e-300)
 
 
 def _tensors(layer: int, quantized: list[Quantized], option: Option, table: CostTable) -> dict[str, torch.Tensor]:

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoTokenizer
 
-from moe_rco.errors import DataError
-from moe_rco.recipe import DEMO, DEMO_CALIBRATION, Calibration, DataSource
+from moe_rco.errors import DataError, ModelError
+from moe_rco.recipe import DEMO, DEMO_CALIBRATION, DEMO_HELDOUT, Calibration, DataSource
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,22 @@ def _load(name: str, **options: Any) -> Any:
         ) from error
 
 
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a model directory. Raises ModelError."""
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{directory}: no usable tokenizer ({reason}); copy the model's tokenizer files there") from error
+
+
+def check_sources(calibration: Calibration) -> None:
+    """Read the first document of every source, so that a wrong name is told at once. Raises DataError."""
+    for source in calibration.data:
+        if next((d for d in read_documents(source, calibration.text_field) if d.text.strip()), None) is None:
+            raise DataError(f"calibration data {source.data} has no text in it")
+
+
 def make_pools(calibration: Calibration, tokenizer: Any, vocab_size: int, seed: int) -> tuple[TokenPool, TokenPool]:
     """The sequences for gradients and those kept out, disjoint in documents.
 
@@ -176,6 +193,19 @@ def _pool(
             cut_rows = cut_sequences(part, length)
             rows.extend((domain, row) for row in cut_rows[: max(1, round(share * fraction))])
     return train, kept_out
+
+
+def heldout_pool(calibration: Calibration, tokenizer: Any, kept_out: TokenPool) -> TokenPool:
+    """The text the result is measured on: what ships for it beside the demo's calibration text, else what was kept out."""
+    if any(source.data != DEMO for source in calibration.data):
+        return kept_out
+    rows: dict[str, list[np.ndarray]] = {}
+    for document in _jsonl(DEMO_HELDOUT, "text"):
+        rows.setdefault(document.domain, []).append(tokenize(tokenizer, document.text))
+    cut = [(name, row) for name in sorted(rows) for row in cut_sequences(rows[name], calibration.sequence_length)]
+    if not cut:
+        return kept_out
+    return TokenPool(torch.from_numpy(np.stack([row for _, row in cut])), tuple(name for name, _ in cut))
 
 
 def tokenize(tokenizer: Any, text: str) -> np.ndarray:

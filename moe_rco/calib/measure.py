@@ -31,13 +31,19 @@ class Score:
     kl_stderr: float
 
 
+@dataclass(frozen=True)
+class Scores:
+    """Scores of every domain, and of all text together."""
+
+    domains: tuple[Score, ...]
+    all: Score
+
+
 @torch.no_grad()
-def measure(
-    before: LogitsOf, after: LogitsOf, pool: TokenPool, progress: Progress, title: str = "measure on held-out text"
-) -> tuple[list[Score], Score]:
-    """Scores of every domain, and of all together."""
+def measure(before: LogitsOf, after: LogitsOf, pool: TokenPool, progress: Progress) -> Scores:
+    """Compare two models on every sequence of a pool."""
     rows = np.zeros((len(pool), 3))
-    with progress.stage(title, len(pool)) as advance:
+    with progress.stage("measure on held-out text", len(pool)) as advance:
         for row in range(len(pool)):
             ids = pool.ids[row : row + 1]
             log_p, log_q = (torch.log_softmax(logits(ids)[0].float(), -1) for logits in (before, after))
@@ -48,8 +54,8 @@ def measure(
             advance(1)
     length = pool.ids.shape[1]
     domains = np.array(pool.domains)
-    scores = [_score(name, rows[domains == name], length) for name in sorted(set(pool.domains))]
-    return scores, _score("all", rows, length)
+    scores = (_score(name, rows[domains == name], length) for name in sorted(set(pool.domains)))
+    return Scores(tuple(scores), _score("all", rows, length))
 
 
 def _score(name: str, rows: np.ndarray, length: int) -> Score:

@@ -7,7 +7,9 @@ linear term promises twice what undoing the old one's gives, q_ij.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ import torch
 from moe_rco.calib.data import TokenPool
 from moe_rco.calib.objective import AssignedModel
 from moe_rco.calib.reference import Reference, divergence
-from moe_rco.optim import SolveResult, minimize, solve_mckp
+from moe_rco.optim import StepRecord, minimize, solve_mckp
 from moe_rco.recipe import Search
 from moe_rco.types import Assignment, Budget, CostTable, Progress
 
@@ -88,17 +90,40 @@ class _Estimated(torch.autograd.Function):
 
 
 class KeptOut:
-    """Judges discrete assignments by KL on the kept-out sequences."""
+    """Judges discrete assignments by KL on the kept-out sequences; each is run once."""
 
     def __init__(self, model: AssignedModel, pool: TokenPool, reference: Reference) -> None:
         self._model, self._pool, self._reference = model, pool, reference
+        self._known: dict[bytes, np.ndarray] = {}
 
     def sequences(self, choice: np.ndarray) -> np.ndarray:
         """KL of each kept-out sequence, float64 [n]."""
-        return self._model.divergences(Assignment(self._model.table, choice), self._pool, self._reference)
+        key = choice.astype(np.int64).tobytes()
+        if key not in self._known:
+            assignment = Assignment(self._model.table, choice)
+            self._known[key] = self._model.divergences(assignment, self._pool, self._reference)
+        return self._known[key]
 
     def __call__(self, choice: np.ndarray) -> float:
         return float(self.sequences(choice).mean())
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An assignment that was tried, and its KL on the kept-out sequences in nats per token."""
+
+    name: str
+    assignment: Assignment
+    kl: float
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The best candidate, all of them (best first), and the history of the search."""
+
+    best: Candidate
+    candidates: tuple[Candidate, ...]
+    history: tuple[StepRecord, ...]
 
 
 def rco(
@@ -110,29 +135,42 @@ def rco(
     search: Search,
     candidates: Mapping[str, Assignment],
     progress: Progress,
-) -> SolveResult:
-    """The best assignment found; never worse on the kept-out sequences than the Fisher seed or any candidate."""
-    table = model.table
+) -> Chosen:
+    """The best assignment found; on the kept-out sequences never worse than the Fisher seed or any candidate.
+
+    The search's own result must beat the best candidate by a standard error of their paired difference: the kept-out
+    text is a sample too, and the lowest of many figures on it is partly luck.
+    """
+    table, judge = model.table, KeptOut(model, pools[1], references[1])
     seed = knapsack(q, table, budget)
-    named = {SEED: seed.choice, **{name: candidate.choice for name, candidate in candidates.items()}}
+    named = {SEED: seed, **candidates}
+    tried = [Candidate(name, assignment, judge(assignment.choice)) for name, assignment in named.items()]
+    best = min(tried, key=lambda candidate: candidate.kl)
     smallest, largest = table.range
+    history: tuple[StepRecord, ...] = ()
     # Where the budget leaves no choice there is nothing to relax.
-    steps = search.steps if smallest < budget.bytes < largest else 0
-    with progress.stage("search", max(steps, 1)) as advance:
-        return minimize(
-            SampledLoss(model, q, pools[0], references[0], search),
-            torch.from_numpy(table.costs),
-            min(budget.bytes, largest),
-            steps=steps,
-            samples=search.samples,
-            lr=search.learning_rate,
-            tau=(search.tau_start, search.tau_end),
-            init_logits=seed_logits(q, seed),
-            floor=table.floor,
-            layer=table.layer,
-            evaluate=KeptOut(model, pools[1], references[1]),
-            evaluate_every=search.evaluate_every,
-            candidates=named,
-            on_step=lambda record: advance(1),
-            seed=search.seed,
-        )
+    if search.steps and smallest < budget.bytes < largest:
+        with progress.stage("search", search.steps) as advance:
+            result = minimize(
+                SampledLoss(model, q, pools[0], references[0], search),
+                torch.from_numpy(table.costs),
+                budget.bytes,
+                steps=search.steps,
+                samples=search.samples,
+                lr=search.learning_rate,
+                tau=(search.tau_start, search.tau_end),
+                init_logits=seed_logits(q, seed),
+                floor=table.floor,
+                layer=table.layer,
+                evaluate=judge,
+                evaluate_every=search.evaluate_every,
+                on_step=lambda record: advance(1),
+                seed=search.seed,
+            )
+        found = Candidate("rco", Assignment(table, result.choice), result.value)
+        tried.append(found)
+        history = result.history
+        gain = judge.sequences(best.assignment.choice) - judge.sequences(result.choice)
+        if gain.mean() > gain.std() / math.sqrt(len(gain)):
+            best = found
+    return Chosen(best, tuple(sorted(tried, key=lambda candidate: candidate.kl)), history)

@@ -66,7 +66,7 @@ def replacing(destination: Path, *, overwrite: bool = False, keep: Path | None =
             raise OutputError(f"output {destination} cannot be made: {error}") from error
         yield partial
         sync_directory(partial)
-        _swap(partial, destination, overwrite, keep)
+        publish(partial, destination, overwrite=overwrite, keep=keep)
         made = []
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -75,7 +75,8 @@ def replacing(destination: Path, *, overwrite: bool = False, keep: Path | None =
                 directory.rmdir()
 
 
-def _swap(partial: Path, destination: Path, overwrite: bool, keep: Path | None) -> None:
+def publish(partial: Path, destination: Path, *, overwrite: bool = False, keep: Path | None = None) -> None:
+    """Rename a complete directory to `destination`, on the same file system. Raises OutputError."""
     # Hours may have passed since the first check.
     check_destination(destination, overwrite=overwrite, keep=keep)
     old = destination.parent / f".{destination.name}.old-{os.getpid()}"

@@ -192,7 +192,10 @@ class Checkpoint:
         ):
             raise ModelError(f"{self.directory / INDEX} has no weight_map of tensor to file names; {AGAIN}")
         tensors: dict[str, TensorInfo] = {}
-        for file in sorted(set(placed.values())):
+        files = sorted(set(placed.values()))
+        for file in files:
+            self._inside(file)
+        for file in files:
             for name, tensor in self._header(file).items():
                 if placed.get(name) != file:
                     raise ModelError(

@@ -17,7 +17,7 @@ from moe_rco.ckpt.destination import check_destination, replacing
 from moe_rco.ckpt.header import HeaderError, TensorInfo, read_header
 from moe_rco.ckpt.reader import CONFIG, Checkpoint
 from moe_rco.ckpt.store import Store
-from moe_rco.ckpt.writer import Entry, ShardWriter, from_file, from_tensor, write_text
+from moe_rco.ckpt.writer import Entry, ShardWriter, from_file, write_text
 from moe_rco.errors import OutputError, PlanError, StoreError
 from moe_rco.plan import FILE_NAME, Plan
 from moe_rco.quant.packing import layout
@@ -114,31 +114,26 @@ def _entries(checkpoint: Checkpoint, assignment: Assignment, store: Store) -> tu
         if option.is_quantized and (layer, option) not in stored:
             stored[layer, option] = store.tensors(layer, option)
         source = stored.get((layer, option), {})
-        for entry in _expert(checkpoint, tensor, weight, option, source):
+        for entry in _expert(tensor, weight, option, source):
             entries.append(entry)
             experts.add(entry.name)
     return entries, experts
 
 
 def _expert(
-    checkpoint: Checkpoint, tensor: TensorInfo, weight: Weight, option: Option, stored: dict[str, TensorInfo]
+    tensor: TensorInfo, weight: Weight, option: Option, stored: dict[str, TensorInfo]
 ) -> Iterator[Entry]:
     """The tensors one expert weight is written as: none if it is pruned."""
     for suffix, (shape, dtype) in layout(weight.shape, option, torch.bfloat16).items():
         name = f"{weight.name.removesuffix('.weight')}.{suffix}"
         if not option.is_quantized:
-            copied = tensor.dtype == "BF16"
-            yield from_file(tensor) if copied else _cast(checkpoint, tensor.name, shape)
+            yield from_file(tensor, dtype=dtype)
             continue
         found = stored.get(name)
         if found is None or found.shape != shape or found.torch_dtype != dtype:
             what = "no" if found is None else "a wrongly shaped"
             raise StoreError(f"the store has {what} tensor {name}; delete the store and run again")
         yield from_file(found)
-
-
-def _cast(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Entry:
-    return from_tensor(name, torch.bfloat16, shape, lambda: checkpoint.read(name))
 
 
 def _check_bytes(expert_bytes: int, plan: Plan) -> None:

@@ -70,10 +70,7 @@ class Store:
     def write(self, layer: int, option: Option, tensors: Mapping[str, Tensor]) -> None:
         """Store one layer's experts at one option. Raises StoreError if they cannot be written."""
         name = _file_name(layer, option)
-        entries = [
-            from_tensor(key, tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor)
-            for key, tensor in sorted(tensors.items())
-        ]
+        entries = [from_tensor(key, tensor) for key, tensor in sorted(tensors.items())]
         partial = self.directory / (name + ".tmp")
         try:
             write_file(partial, entries)

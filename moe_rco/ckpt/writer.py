@@ -35,31 +35,39 @@ class Entry:
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
-def from_file(tensor: TensorInfo, name: str | None = None) -> Entry:
-    """An entry whose bytes are copied from another safetensors file as they are, whatever their dtype."""
+def from_file(tensor: TensorInfo, name: str | None = None, dtype: torch.dtype | None = None) -> Entry:
+    """An entry whose bytes are copied from another safetensors file as they are, whatever their dtype.
 
-    def chunks() -> Iterator[bytes]:
+    With `dtype` the values are cast to it on the way, one chunk at a time; the source must then be readable.
+    """
+    cast = None if dtype is None or DTYPE_NAMES[dtype] == tensor.dtype else dtype
+    written = tensor.dtype if cast is None else DTYPE_NAMES[cast]
+
+    def chunks() -> Iterator[bytes | memoryview]:
         with tensor.file.open("rb") as file:
             file.seek(tensor.offset)
             left = tensor.nbytes
             while left:
+                # A regular file gives all that is asked for, so chunks end between items.
                 chunk = file.read(min(left, CHUNK_BYTES))
                 if not chunk:
                     raise OSError(f"{tensor.file} became shorter while tensor {tensor.name} was read")
                 left -= len(chunk)
+                if cast is not None:
+                    values = torch.frombuffer(bytearray(chunk), dtype=tensor.torch_dtype)
+                    chunk = _bytes(values.to(cast))
                 yield chunk
 
-    return Entry(name or tensor.name, tensor.dtype, tensor.shape, chunks)
+    return Entry(name or tensor.name, written, tensor.shape, chunks)
 
 
-def from_tensor(name: str, dtype: torch.dtype, shape: tuple[int, ...], read: Callable[[], Tensor]) -> Entry:
-    """An entry whose tensor is made by `read` when its turn comes, and cast to `dtype`."""
+def from_tensor(name: str, tensor: Tensor) -> Entry:
+    """An entry for a tensor that is in memory."""
+    return Entry(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), lambda: (_bytes(tensor),))
 
-    def chunks() -> Iterator[memoryview]:
-        tensor = read().to("cpu", dtype).contiguous()
-        yield tensor.reshape(-1).view(torch.uint8).numpy().data
 
-    return Entry(name, DTYPE_NAMES[dtype], shape, chunks)
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def write_file(

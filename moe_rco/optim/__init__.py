@@ -6,6 +6,7 @@ from moe_rco.optim.manifold import BudgetManifold
 from moe_rco.optim.mckp import MCKPSolution, solve_mckp
 from moe_rco.optim.overlap import OverlappingBudgetManifold
 from moe_rco.optim.solver import SolveResult, minimize
+from moe_rco.optim.trace import StepRecord
 
 __all__ = [
     "BudgetManifold",
@@ -13,6 +14,7 @@ __all__ = [
     "OverlappingBudgetManifold",
     "RiemannianAdam",
     "SolveResult",
+    "StepRecord",
     "minimize",
     "solve_mckp",
 ]

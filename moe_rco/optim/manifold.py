@@ -1,5 +1,4 @@
-"""The budget manifold {a : C(a) = B} of softmax logits with a prescribed expected cost, after arXiv
-2605.00649."""
+"""The budget manifold {a : C(a) = B}: softmax logits with a prescribed expected cost (arXiv 2605.00649)."""
 
 from __future__ import annotations
 
@@ -17,8 +16,7 @@ class BudgetManifold:
     Args:
         costs: [N, K], any real dtype, finite, not negative (bytes, say).
         budgets: one number, or [S] when `segments` is given.
-        segments: int64 [N] in 0..S-1, the budget that each group counts against; None for one budget over
-        all.
+        segments: int64 [N] in 0..S-1, the budget that each group counts against; None for one over all.
         allowed: bool [N, K]; an option that is not allowed has probability exactly 0 whatever its logit.
 
     Raises:

@@ -1,8 +1,8 @@
 """The multiple-choice knapsack with a floor on kept groups per layer, solved to proven optimality.
 
-Lagrangian bound (mckp_dual), then an exact search over a growing core of options with small losses
-(mckp_core): an option whose loss exceeds the best solution's distance to the bound cannot be part of a
-better one (Pisinger 1995).
+Lagrangian bound (mckp_dual), then an exact search over a growing core of options with small losses (mckp_core):
+an option whose loss exceeds the best solution's distance to the bound cannot be part of a better one (Pisinger
+1995).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from moe_rco.errors import BudgetError, UserError
 from moe_rco.optim.mckp_core import search_core
 from moe_rco.optim.mckp_dual import Dual, best_at_price, solve_dual
+from moe_rco.optim.mckp_input import as_array, as_floors, as_integers, as_layers, as_mask
 
 _FIRST_CORE = 24
 _PROVED = 1e-13
@@ -27,9 +28,9 @@ _MAX_COST = 1 << 62
 class MCKPSolution:
     """An assignment within the budget and the floors.
 
-    `choice` int64 [N], its `value`, its `cost` (in the caller's unit), an upper `bound` on the optimum,
-    `status` "optimal" (proved, within 1e-12 of the bound) or "feasible" (the bound tells how far it may be
-    off), and the `multiplier`, value per unit of cost at the margin.
+    `choice` int64 [N], its `value`, its `cost` (in the caller's unit), an upper `bound` on the optimum, `status`
+    "optimal" (proved) or "feasible" (the bound tells how far it may be off), and the `multiplier`, value per
+    unit of cost at the margin.
     """
 
     choice: NDArray[np.int64]
@@ -43,24 +44,25 @@ class MCKPSolution:
 class Knapsack:
     """Costs, budget, floors and mask, checked once; `solve` then takes new values again and again.
 
-    Raises BudgetError when no assignment satisfies budget and floors, UserError on malformed input.
+    Arguments and errors as for `solve_mckp`.
     """
 
     def __init__(self, costs: Any, budget: int, *, floor: Any = None, layer: Any = None, allowed: Any = None):
-        self.costs = _integers(costs, "costs", 2)
+        self.costs = as_integers(costs, "costs", 2)
         if self.costs.size == 0 or self.costs.min() < 0:
             raise UserError("costs must be a non-empty [N, K] array of integers that are not negative")
-        if isinstance(budget, bool) or not isinstance(budget, (int, np.integer)):
+        if isinstance(budget, bool) or not isinstance(budget, int | np.integer):
             raise UserError(f"budget must be an integer (bytes), got {budget!r}")
         if float(self.costs.max()) * len(self.costs) > _MAX_COST:
             raise UserError("costs add up to more than 2^62")
         self.budget = int(budget)
-        self.allowed = _mask(allowed, self.costs.shape)
-        self._layer, self._start, self._order = _layers(layer, floor, len(self.costs))
-        self._floor = _floors(floor, len(self._start) - 1)
+        self.allowed = as_mask(allowed, self.costs.shape)
+        self._rows = np.arange(len(self.costs))
+        self._layer, self._start, self._order = as_layers(layer, floor, len(self.costs))
+        self._floor = as_floors(floor, len(self._start) - 1)
         self._unit = max(1, int(np.gcd.reduce(self.costs[self.allowed])))
         self._scaled = np.where(self.allowed, self.costs // self._unit, 0)
-        self._target = self.budget // self._unit
+        self._target = min(self.budget, _MAX_COST) // self._unit
         self._cheapest = self._cheapest_choice()
 
     def solve(
@@ -68,11 +70,10 @@ class Knapsack:
     ) -> MCKPSolution:
         """Maximise the sum of `values` float64 [N, K] over the chosen options.
 
-        `warm`, the solution for similar values, saves time and changes nothing else. `max_states` bounds the
-        memory of the exact search (24 bytes a state); when it does not suffice the result is "feasible" with
-        an honest bound.
+        `warm`, the solution for similar values, saves time. `max_states` bounds the memory of the exact search
+        (24 bytes a state); when it does not suffice the result is "feasible" with an honest bound.
         """
-        v = np.ascontiguousarray(_array(values), dtype=np.float64)
+        v = np.ascontiguousarray(as_array(values), dtype=np.float64)
         if v.shape != self.costs.shape:
             raise UserError(f"values must be {list(self.costs.shape)} like the costs, got {list(v.shape)}")
         if not np.isfinite(v if self.allowed.all() else v[self.allowed]).all():
@@ -83,58 +84,58 @@ class Knapsack:
             v, self._scaled, self.allowed, self._target, self._floor, layout, self._cheapest, hint
         )
         choice, loss, proved = self._close_gap(dual, v, max_states)
-        rows = np.arange(len(choice))
-        value = float(np.sum(v[rows, choice]))
-        optimal = proved >= loss
-        bound = value if optimal else max(value, dual.bound - proved)
-        cost = self.cost_of(choice)
-        return MCKPSolution(choice, value, cost, bound, "optimal" if optimal else "feasible", dual.price / self._unit)
+        value = float(np.sum(v[self._rows, choice]))
+        status, bound = "optimal", value
+        if loss > proved:
+            status, bound = "feasible", max(value, dual.bound - proved)
+        return MCKPSolution(choice, value, self.cost_of(choice), bound, status, dual.price / self._unit)
 
     def checked(self, choice: Any, name: str) -> NDArray[np.int64]:
-        """The choice as int64 [N]; raises BudgetError or UserError unless it satisfies mask, budget and
-        floors."""
-        result = _integers(choice, name, 1)
-        if result.shape != (len(self.costs),) or result.min() < 0 or result.max() >= self.costs.shape[1]:
-            raise UserError(f"{name} must name one of {self.costs.shape[1]} options for each of {len(self.costs)} groups")
-        rows = np.arange(len(result))
-        if not self.allowed[rows, result].all():
+        """The choice as int64 [N]; raises BudgetError or UserError unless it is a solution."""
+        result = as_integers(choice, name, 1)
+        groups, options = self.costs.shape
+        if result.shape != (groups,) or result.min() < 0 or result.max() >= options:
+            raise UserError(f"{name} must name one of {options} options for each of {groups} groups")
+        if not self.allowed[self._rows, result].all():
             raise UserError(f"{name} uses options that are not allowed")
         if self.cost_of(result) > self.budget:
             raise BudgetError(f"{name} costs {self.cost_of(result)}, more than the budget {self.budget}")
-        kept = np.bincount(self._layer, self.costs[rows, result] > 0, len(self._floor))
-        if (kept < self._floor).any():
-            raise BudgetError(f"{name} keeps too few groups in layer {int((kept < self._floor).argmax())}")
+        short = self._kept(result) < self._floor
+        if short.any():
+            raise BudgetError(f"{name} keeps fewer groups than the floor in layer {int(short.argmax())}")
         return result
 
     def cost_of(self, choice: NDArray[np.int64]) -> int:
         """Total cost of a choice int64 [N], in the caller's unit."""
-        return int(self.costs[np.arange(len(choice)), choice].sum())
+        return int(self.costs[self._rows, choice].sum())
 
     def hint(self, multiplier: float) -> MCKPSolution:
         """A warm start that knows only the multiplier of an earlier solution."""
-        return MCKPSolution(self._cheapest, -np.inf, self.cost_of(self._cheapest), np.inf, "feasible", multiplier)
+        cost = self.cost_of(self._cheapest)
+        return MCKPSolution(self._cheapest, -np.inf, cost, np.inf, "feasible", multiplier)
 
-    def _close_gap(self, dual: Dual, values: NDArray, max_states: int) -> tuple[NDArray[np.int64], float, float]:
+    def _close_gap(
+        self, dual: Dual, values: NDArray[np.float64], max_states: int
+    ) -> tuple[NDArray[np.int64], float, float]:
         """(choice, its loss against the bound, the loss below which no solution exists)."""
         choice = dual.feasible
-        loss = max(0.0, dual.bound - float(np.sum(values[np.arange(len(choice)), choice])))
+        loss = max(0.0, dual.bound - float(np.sum(values[self._rows, choice])))
         tolerance = _PROVED * max(abs(dual.bound), 1e-3 * dual.size)
-        flat = dual.losses.ravel()
-        is_base = np.zeros(dual.losses.shape, bool)
-        is_base[np.arange(len(choice)), dual.base] = True
-        candidates = np.flatnonzero((flat <= loss) & ~is_base.ravel())
+        in_reach = dual.losses <= loss
+        in_reach[self._rows, dual.base] = False
+        candidates = np.flatnonzero(in_reach)
+        losses = dual.losses.ravel()[candidates]
         proved, size = 0.0, _FIRST_CORE
         while loss > max(proved, tolerance):
+            limit, core = np.inf, candidates
             if size < len(candidates):
-                near = np.argpartition(flat[candidates], size)
-                limit, core = float(flat[candidates[near[size]]]), candidates[near[:size]]
-            else:
-                limit, core = np.inf, candidates
+                nearest = np.argpartition(losses, size)
+                limit, core = float(losses[nearest[size]]), candidates[nearest[:size]]
             found, picked, complete = self._search(dual, core, min(limit, loss), max_states)
-            if not complete:
-                break
             if found < loss:
                 loss, choice = found, picked
+            if not complete:
+                break
             proved, size = limit, size * 2
         return choice, loss, max(proved, tolerance)
 
@@ -142,61 +143,63 @@ class Knapsack:
         self, dual: Dual, core: NDArray[np.int64], limit: float, max_states: int
     ) -> tuple[float, NDArray[np.int64], bool]:
         """Best assignment that changes the base choice by core options (flat indices) only."""
-        options = self.costs.shape[1]
-        group, option = core // options, core % options
-        base_cost = self._scaled[group, dual.base[group]]
-        change = self._scaled[group, option] - base_cost
-        kept = (self._scaled[group, option] > 0).astype(np.int64) - (base_cost > 0)
-        surplus, tracked = self._tracked(dual, group, kept)
-        # Tracked layers first, each layer's groups together; within a layer by group, the base option
-        # leading.
-        rank = np.where(tracked[self._layer[group]], self._layer[group], len(self._floor))
-        kept[rank == len(self._floor)] = 0
-        order = np.lexsort((group, rank))
-        group, option, change, kept, rank = group[order], option[order], change[order], kept[order],
-        rank[order] head = np.flatnonzero(np.r_[True, group[1:] != group[:-1]]) if len(group) else
-        np.empty(0, np.int64) first = np.r_[head + np.arange(len(head)), len(group) + len(head)]
-        last_of = np.full(len(head), -2, np.int64)
-        of_layer = rank[head] if len(head) else head
-        inside = of_layer < len(self._floor)
-        ends = inside & np.r_[of_layer[1:] != of_layer[:-1], np.ones(min(1, len(head)), bool)]
-        last_of[inside] = -1
-        last_of[ends] = of_layer[ends]
-        sizes = np.bincount(of_layer[inside], minlength=1) if inside.any() else np.zeros(1, np.int64)
+        options, layers = self.costs.shape[1], len(self._floor)
+        # The base option of every core group joins its core options and leads them.
+        touched = np.unique(core // options)
+        flat = np.r_[touched * options + dual.base[touched], core]
+        group, option = flat // options, flat % options
+        is_base = option == dual.base[group]
+        cost, base_cost = self._scaled[group, option], self._scaled[group, dual.base[group]]
+        kept = (cost > 0).astype(np.int64) - (base_cost > 0)
+        surplus = self._kept(dual.base) - self._floor
+        tracked = self._tracked(group, kept, surplus, dual.keep_price)
+        rank = np.where(tracked[self._layer[group]], self._layer[group], layers)
+        kept[rank == layers] = 0
+        # Tracked layers first, the groups of each one together.
+        order = np.lexsort((~is_base, group, rank))
+        first = np.r_[np.flatnonzero(is_base[order]), len(order)]
+        layer_of = rank[order][first[:-1]]
+        is_last = np.r_[layer_of[1:] != layer_of[:-1], True]
+        last_of = np.where(layer_of == layers, -2, np.where(is_last, layer_of, -1))
+        width = 2 * int(np.bincount(layer_of, minlength=layers + 1)[:layers].max(initial=0)) + 1
         found, picks, complete = search_core(
-            first, np.insert(change, head, 0), np.insert(dual.losses[group, option], head, 0.0),
-            np.insert(kept, head, 0), last_of, surplus, dual.keep_price, dual.price,
-            self._target - dual.base_cost, limit, 2 * int(sizes.max()) + 1, max_states,
+            first, (cost - base_cost)[order], dual.losses[group, option][order], kept[order], last_of, surplus,
+            dual.keep_price, dual.price, self._target - dual.base_cost, limit, width, max_states,
         )  # fmt: skip
         choice = dual.base.copy()
         if np.isfinite(found):
-            full = np.insert(option, head, dual.base[group[head]]) if len(head) else option
-            choice[group[head]] = full[picks]
+            chosen = order[picks]
+            choice[group[chosen]] = option[chosen]
         return found, choice, complete
 
     def _tracked(
-        self, dual: Dual, group: NDArray[np.int64], kept: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Kept groups above the floor per layer, and the layers whose count the core search has to follow."""
-        layers = len(self._floor)
-        rows = np.arange(len(self.costs))
-        surplus = np.bincount(self._layer, self._scaled[rows, dual.base] > 0, layers).astype(np.int64) -
-        self._floor losers = np.unique(group[kept < 0])
-        loses = np.bincount(self._layer[losers], minlength=layers)
-        changes = np.bincount(self._layer[group[kept != 0]], minlength=layers) > 0
-        return surplus, (loses > surplus) | (changes & (dual.keep_price > 0))
+        self,
+        group: NDArray[np.int64],
+        kept: NDArray[np.int64],
+        surplus: NDArray[np.int64],
+        keep_price: NDArray[np.float64],
+    ) -> NDArray[np.bool_]:
+        """The layers [L] in which the core could break the floor or change what keeping costs."""
+        losers = np.bincount(self._layer[np.unique(group[kept < 0])], minlength=len(surplus))
+        changes = np.bincount(self._layer[group[kept != 0]], minlength=len(surplus)) > 0
+        return (losers > surplus) | (changes & (keep_price > 0))
+
+    def _kept(self, choice: NDArray[np.int64]) -> NDArray[np.int64]:
+        kept = self.costs[self._rows, choice] > 0
+        return np.bincount(self._layer[kept], minlength=len(self._floor))
 
     def _cheapest_choice(self) -> NDArray[np.int64]:
         choice = np.empty(len(self.costs), np.int64)
         _, cost = best_at_price(
-            np.zeros(self.costs.shape), self._scaled, self.allowed, 1.0, self._floor, self._start,
-            self._order, choice, np.zeros(len(self._floor)),
+            np.zeros(self.costs.shape), self._scaled, self.allowed, 1.0, self._floor, self._start, self._order,
+            choice, np.zeros(len(self._floor)),
         )  # fmt: skip
         if cost < 0:
-            raise BudgetError("a layer has fewer groups with an option of non-zero cost than its floor asks to keep")
+            raise BudgetError("a layer has fewer groups with an option of non-zero cost than its floor")
         if cost > self._target:
+            least = cost * self._unit
             raise BudgetError(
-                f"budget {self.budget} is below {cost * self._unit}, the smallest cost that satisfies every floor"
+                f"budget {self.budget} is below {least}, the smallest cost that satisfies every floor"
             )
         return choice
 
@@ -227,45 +230,3 @@ def solve_mckp(
         UserError: malformed input.
     """
     return Knapsack(costs, budget, floor=floor, layer=layer, allowed=allowed).solve(values, warm=warm)
-
-
-def _array(data: Any) -> NDArray:
-    return np.asarray(data.detach().cpu().numpy() if hasattr(data, "detach") else data)
-
-
-def _integers(data: Any, name: str, dims: int) -> NDArray[np.int64]:
-    array = _array(data)
-    if not np.issubdtype(array.dtype, np.integer) or array.ndim != dims:
-        raise UserError(f"{name} must be integers in {dims} dimensions, got {array.dtype} {list(array.shape)}")
-    return np.ascontiguousarray(array, dtype=np.int64)
-
-
-def _mask(allowed: Any, shape: tuple[int, ...]) -> NDArray[np.bool_]:
-    if allowed is None:
-        return np.ones(shape, bool)
-    mask = np.ascontiguousarray(_array(allowed))
-    if mask.dtype != np.bool_ or mask.shape != shape:
-        raise UserError(f"allowed must be bool {list(shape)}, got {mask.dtype} {list(mask.shape)}")
-    empty = np.flatnonzero(~mask.any(axis=1))
-    if len(empty):
-        raise UserError(f"group {empty[0]} has no allowed option")
-    return mask
-
-
-def _layers(layer: Any, floor: Any, groups: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """(layer [N], start [L + 1], order [N]): the groups of layer l are order[start[l]:start[l + 1]]."""
-    index = np.zeros(groups, np.int64) if layer is None or floor is None else _integers(layer, "layer", 1)
-    if index.shape != (groups,) or index.min() < 0:
-        raise UserError(f"layer must have one number >= 0 for each of the {groups} groups")
-    count = max(int(index.max()) + 1, np.size(_array(floor)) if floor is not None else 1)
-    start = np.r_[0, np.cumsum(np.bincount(index, minlength=count))].astype(np.int64)
-    return index, start, np.argsort(index, kind="stable")
-
-
-def _floors(floor: Any, layers: int) -> NDArray[np.int64]:
-    if floor is None:
-        return np.zeros(layers, np.int64)
-    array = _array(floor)
-    if not np.issubdtype(array.dtype, np.integer) or array.shape not in ((), (layers,)):
-        raise UserError(f"floor must be an integer or integers [{layers}], one for each layer")
-    return np.ascontiguousarray(np.broadcast_to(array, (layers,)), dtype=np.int64)

@@ -1,8 +1,8 @@
 """Exact search over a small core of the knapsack: dynamic programming by lists (Pisinger 1995), with floors.
 
-Only a few options have a small loss against the Lagrangian solution. All combinations of those whose losses
-add up to at most `limit` are enumerated group by group, keeping one list of states sorted by cost and free
-of dominated states.
+Only a few options have a small loss against the Lagrangian solution. All combinations of those whose losses add
+up to at most `limit` are enumerated group by group, keeping one list of states sorted by cost and free of
+dominated states.
 """
 
 from __future__ import annotations
@@ -12,131 +12,71 @@ from numba import njit
 
 
 @njit(cache=True, nogil=True)
-def _push(keys, losses, parents, picks, begin, end, key, loss, parent, pick, price, width, dominate, ceiling):
-    """Append a state unless dominated; return (end, ceiling), the highest gain in the list so far.
-
-    States arrive sorted by key = cost * width + kept. Equal keys keep the smaller loss; with `dominate` a
-    state must also gain more than every cheaper one.
-    """
-    gain = price * (key // width) - loss
-    if end > begin and keys[end - 1] == key:
-        if loss >= losses[end - 1]:
-            return end, ceiling
-        end -= 1
-    elif dominate and gain <= ceiling:
-        return end, ceiling
-    keys[end], losses[end], parents[end], picks[end] = key, loss, parent, pick
-    return end + 1, max(ceiling, gain)
-
-
-@njit(cache=True, nogil=True)
 def search_core(
-    first,
-    option_cost,
-    option_loss,
-    option_kept,
-    last_of,
-    surplus,
-    keep_price,
-    price,
-    target,
-    limit,
-    width,
-    max_states,
-):
+    first, option_cost, option_loss, option_kept, last_of, surplus, keep_price, price, target, limit, width, max_states
+):  # fmt: skip
     """The smallest loss over all combinations of core options, if it is at most `limit`.
 
     Args:
-        first: [G + 1]; options first[g]..first[g + 1] belong to core group g.
-        option_cost, option_loss, option_kept: changes against the base choice (cost, loss >= 0, kept
-        -1/0/+1).
-        last_of: [G], tracked layer that ends with group g, -1 within one, -2 for groups of untracked layers.
-        surplus, keep_price: per tracked layer, kept groups above the floor in the base choice, and its
-        multiplier.
-        price, target: price of cost, and the cost that the core may add to the base choice (may be negative).
-        width: number of values of the kept counter (odd; 1 without tracked layers).
+        first: [G + 1]; the options of core group g are first[g] to first[g + 1] - 1.
+        option_cost, option_loss, option_kept: changes against the base choice (loss >= 0; kept -1, 0 or 1).
+        last_of: [G]; the tracked layer that ends with group g, -1 within one, -2 for all other groups.
+        surplus, keep_price: [L]; kept groups above the floor in the base choice, and the layer's multiplier.
+        price, target: price of cost; cost that the core may add to the base choice (may be negative).
+        width: number of values of the kept counter, odd; 1 without tracked layers.
         max_states: size of the pool of states.
 
-    Returns (loss, picks [G], complete): infinite loss when nothing is found, picks index into the options,
-    `complete` False when the pool was too small and states with large losses were dropped.
+    Returns (loss, picks [G], complete): infinite loss when nothing is found; the picked options; False when the
+    pool was too small and the states with the largest losses were dropped.
     """
     groups = len(first) - 1
-    middle = width // 2
-    least = np.zeros(groups + 1, np.int64)
-    most = np.zeros(groups + 1, np.int64)
-    for g in range(groups - 1, -1, -1):
-        low = high = option_cost[first[g]]
-        for o in range(first[g], first[g + 1]):
-            low, high = min(low, option_cost[o]), max(high, option_cost[o])
-        least[g], most[g] = least[g + 1] + low, most[g + 1] + high
+    least, most = _reach(first, option_cost)
     keys = np.empty(max_states, np.int64)
     losses = np.empty(max_states)
     parents = np.empty(max_states, np.int32)
     picks = np.empty(max_states, np.int32)
+    # A state's key is cost * width + kept, so that sorting by key sorts by cost.
+    keys[0], losses[0], parents[0], picks[0] = width // 2, 0.0, -1, -1
     level = np.zeros(groups + 2, np.int64)
-    keys[0], losses[0], parents[0], picks[0] = middle, 0.0, -1, -1
     level[1] = 1
+    widest = 1
+    for g in range(groups):
+        widest = max(widest, first[g + 1] - first[g])
+    beam = max_states // (groups + widest + 1)
+    complete = True
     result = np.full(groups, -1, np.int64)
     for g in range(groups):
         begin, stop = level[g], level[g + 1]
-        count = first[g + 1] - first[g]
-        if (stop - begin) * count > max_states - stop:
-            return np.inf, result, False
-        tracked = last_of[g] != -2
-        pointers = np.full(count, begin, np.int64)
+        options = np.arange(first[g], first[g + 1])
+        shift = option_cost[options] * width + option_kept[options]
+        pointers = np.full(len(options), begin, np.int64)
         end, ceiling = stop, -np.inf
         while True:
             best, key = -1, 0
-            for o in range(count):
-                if pointers[o] < stop:
-                    k = keys[pointers[o]] + option_cost[first[g] + o] * width + option_kept[first[g] + o]
-                    if best < 0 or k < key:
-                        best, key = o, k
+            for o in range(len(options)):
+                if pointers[o] < stop and (best < 0 or keys[pointers[o]] + shift[o] < key):
+                    best, key = o, keys[pointers[o]] + shift[o]
             if best < 0:
                 break
             parent = pointers[best]
             pointers[best] += 1
-            loss = losses[parent] + option_loss[first[g] + best]
-            if loss > limit:
+            loss = losses[parent] + option_loss[options[best]]
+            room = target - key // width
+            if loss > limit or room < least[g + 1] or loss + price * max(0, room - most[g + 1]) > limit:
                 continue
-            cost = key // width
-            if cost + least[g + 1] > target:
-                continue
-            if loss + price * max(0, target - cost - most[g + 1]) > limit:
-                continue
-            end, ceiling = _push(
-                keys,
-                losses,
-                parents,
-                picks,
-                stop,
-                end,
-                key,
-                loss,
-                parent,
-                first[g] + best,
-                price,
-                width,
-                not tracked,
-                ceiling,
+            keys[end], losses[end], parents[end], picks[end] = key, loss, parent, options[best]
+            end, ceiling = _keep(
+                keys, losses, parents, picks, stop, end, price, width, last_of[g] == -2, ceiling
             )
         if last_of[g] >= 0:
+            layer = last_of[g]
             end = _close_layer(
-                keys,
-                losses,
-                parents,
-                picks,
-                stop,
-                end,
-                surplus[last_of[g]],
-                keep_price[last_of[g]],
-                price,
-                limit,
-                width,
-            )
+                keys, losses, parents, picks, stop, end, surplus[layer], keep_price[layer], price, limit, width
+            )  # fmt: skip
+        if end - stop > beam:
+            end = _thin(keys, losses, parents, picks, stop, end, beam)
+            complete = False
         level[g + 2] = end
-        if end == stop:
-            return np.inf, result, True
     best_state, best_loss = -1, np.inf
     for state in range(level[groups], level[groups + 1]):
         total = losses[state] + price * (target - keys[state] // width)
@@ -147,35 +87,62 @@ def search_core(
         if state >= 0:
             result[g] = picks[state]
             state = parents[state]
-    return best_loss, result, True
+    return best_loss, result, complete
+
+
+@njit(cache=True, nogil=True)
+def _reach(first, option_cost):
+    """Least and most cost [G + 1] that the groups from g on can add."""
+    groups = len(first) - 1
+    least = np.zeros(groups + 1, np.int64)
+    most = np.zeros(groups + 1, np.int64)
+    for g in range(groups - 1, -1, -1):
+        costs = option_cost[first[g] : first[g + 1]]
+        least[g], most[g] = least[g + 1] + costs.min(), most[g + 1] + costs.max()
+    return least, most
+
+
+@njit(cache=True, nogil=True)
+def _keep(keys, losses, parents, picks, begin, end, price, width, dominate, ceiling):
+    """Decide on the state just written at `end`, in order of keys; return (new end, highest gain so far).
+
+    Of equal keys the smaller loss stays. With `dominate` a state must also gain more than every cheaper one.
+    """
+    gain = price * (keys[end] // width) - losses[end]
+    if end > begin and keys[end - 1] == keys[end]:
+        if losses[end] < losses[end - 1]:
+            losses[end - 1], parents[end - 1], picks[end - 1] = losses[end], parents[end], picks[end]
+            return end, max(ceiling, gain)
+        return end, ceiling
+    if dominate and gain <= ceiling:
+        return end, ceiling
+    return end + 1, max(ceiling, gain)
 
 
 @njit(cache=True, nogil=True)
 def _close_layer(keys, losses, parents, picks, begin, stop, surplus, keep_price, price, limit, width):
-    """Drop states below the layer's floor, charge its multiplier for kept groups above it, forget the
-    counter."""
-    middle = width // 2
+    """Drop states below the floor, charge the multiplier for kept groups above it, forget the counter."""
     end, ceiling = begin, -np.inf
     for state in range(begin, stop):
-        above = surplus + keys[state] % width - middle
+        above = surplus + keys[state] % width - width // 2
         loss = losses[state] + keep_price * max(0, above)
         if above < 0 or loss > limit:
             continue
-        key = (keys[state] // width) * width + middle
-        end, ceiling = _push(
-            keys,
-            losses,
-            parents,
-            picks,
-            begin,
-            end,
-            key,
-            loss,
-            parents[state],
-            picks[state],
-            price,
-            width,
-            True,
-            ceiling,
-        )
+        keys[end] = (keys[state] // width) * width + width // 2
+        losses[end], parents[end], picks[end] = loss, parents[state], picks[state]
+        end, ceiling = _keep(keys, losses, parents, picks, begin, end, price, width, True, ceiling)
+    return end
+
+
+@njit(cache=True, nogil=True)
+def _thin(keys, losses, parents, picks, begin, stop, beam):
+    """Keep about `beam` states, those with the smallest losses, in their order."""
+    border = np.partition(losses[begin:stop].copy(), beam - 1)[beam - 1]
+    end = begin
+    for state in range(begin, stop):
+        if losses[state] <= border and end - begin < beam:
+            keys[end], losses[end], parents[end], picks[end] = (
+                keys[state], losses[state], parents[state], picks[state],
+            )  # fmt: skip
+            end += 1
     return end

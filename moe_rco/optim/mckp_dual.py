@@ -28,7 +28,7 @@ def best_at_price(values, costs, allowed, price, floor, start, order, choice, ke
     `order[start[l]:start[l + 1]]` are the groups of layer l. A floor that cannot be met shows as cost -1.
     Ties go to the cheaper option.
     """
-    total_value, compensation, total_cost = 0.0, 0.0, 0
+    total_value, total_cost = 0.0, 0
     options = values.shape[1]
     longest = 0
     for layer in range(len(floor)):
@@ -71,10 +71,8 @@ def best_at_price(values, costs, allowed, price, floor, start, order, choice, ke
     for i in range(len(choice)):
         total_cost += costs[i, choice[i]]
         term = values[i, choice[i]]
-        new = total_value + term
-        compensation += (total_value - new) + term if abs(total_value) >= abs(term) else (term - new) +
-        total_value total_value = new
-    return total_value + compensation, total_cost
+        total_value += term
+    return total_value, total_cost
 
 
 @njit(cache=True, nogil=True)
@@ -122,9 +120,9 @@ def reduced_losses(values, costs, allowed, price, keep_price, layer, choice, los
     """Loss [N, K] of every option against the chosen one at the prices, never negative; infinite where not
     allowed.
 
-    Returns (value, cost, size): of the choice, and the sum of the magnitudes that were added up.
+    Returns the cost of the choice and the sum of the magnitudes of its values.
     """
-    value, compensation, cost, size = 0.0, 0.0, 0, 0.0
+    cost, size = 0, 0.0
     for i in range(values.shape[0]):
         extra = keep_price[layer[i]]
         k0 = choice[i]
@@ -137,12 +135,8 @@ def reduced_losses(values, costs, allowed, price, keep_price, layer, choice, los
                 losses[i, k] = np.inf
         losses[i, k0] = 0.0
         cost += costs[i, k0]
-        term = values[i, k0]
-        new = value + term
-        compensation += (value - new) + term if abs(value) >= abs(term) else (term - new) + value
-        value = new
-        size += abs(term)
-    return value + compensation, cost, size
+        size += abs(values[i, k0])
+    return cost, size
 
 
 @dataclass(frozen=True)
@@ -170,5 +164,7 @@ def solve_dual(values, costs, allowed, budget, floor, layout, cheapest, hint: fl
     keep_price = np.zeros(len(floor))
     price = _search(values, costs, allowed, budget, floor, start, order, hint, feasible, base, keep_price)
     losses = np.empty(values.shape)
-    value, cost, size = reduced_losses(values, costs, allowed, price, keep_price, layer, base, losses)
+    cost, size = reduced_losses(values, costs, allowed, price, keep_price, layer, base, losses)
+    # Added up pairwise: the bound must not lose to rounding what the core search wins.
+    value = float(np.sum(values[np.arange(len(base)), base]))
     return Dual(base, feasible, price, keep_price, losses, cost, value + price * (budget - cost), size)

@@ -8,8 +8,9 @@ from torch import Tensor
 from moe_rco.errors import BudgetError, UserError
 from moe_rco.optim.groups import AIM, TOLERANCE, checked_costs, checked_mask, softmax
 
-_MAX_ITERATIONS = 300
-_REACH = 64.0
+_QUICK, _THOROUGH = 25, 200
+_PATH = 1e-3
+_REACH = 32.0
 
 
 class OverlappingBudgetManifold:
@@ -83,59 +84,75 @@ class OverlappingBudgetManifold:
         """The point a + sum_j t_j d_j with every |C_j - B_j| <= 1e-12 B_j.
 
         Damped Newton in q dimensions on the convex function sum_i s_i logsumexp(a_i + (t d)_i) - t B, whose
-        gradient is C - B and whose Hessian is the q x q Gram matrix of the cost directions under p. Points
-        on the manifold come back unchanged. Raises BudgetError when no probabilities meet all budgets.
+        gradient is C - B and whose Hessian is the q x q Gram matrix of the cost directions under p. Nearly
+        deterministic groups make that function piecewise linear and Newton fail; then it is solved at a high
+        temperature first, which is lowered to 1 along the path of solutions. Points on the manifold come back
+        unchanged. Raises BudgetError when no probabilities meet all budgets.
         """
         if logits.shape != self.costs.shape[1:] or logits.dtype != torch.float64:
             raise UserError(f"logits must be float64 {list(self.costs.shape[1:])}, got {list(logits.shape)}")
-        t = torch.zeros_like(self.budgets)
-        error, gram, potential = self._state(logits, t)
-        best_t, best = t, self._miss(error)
-        damping = 0.0
-        for _ in range(_MAX_ITERATIONS):
-            if best <= AIM:
-                break
-            step = self._newton(gram, error, damping)
-            new = t + step
-            new_error, new_gram, new_potential = self._state(logits, new)
-            # Near the root the potential no longer resolves progress, the residual does.
-            rounding = 1e-13 * (1 + abs(potential))
-            if (
-                new_potential <= potential + 1e-4 * float(step @ error) + rounding
-                or new_error.norm() < error.norm()
-            ):
-                t, error, gram, potential = new, new_error, new_gram, new_potential
-                damping = 0.0 if damping < 1e-12 else damping / 10
-                if self._miss(error) < best:
-                    best_t, best = t, self._miss(error)
-            else:
-                damping = max(1e-8, damping * 10)
-        if not best <= TOLERANCE:
+        t, miss = self._descend(logits, torch.zeros_like(self.budgets), 1.0, AIM, _QUICK)
+        if miss > AIM:
+            heat = max(2.0, float(logits.abs().max()))
+            t = torch.zeros_like(t)
+            while heat > 1.0:
+                t, _ = self._descend(logits, t, heat, _PATH, _THOROUGH)
+                heat /= 2
+            t, miss = self._descend(logits, t, 1.0, AIM, _THOROUGH)
+        if not miss <= TOLERANCE:
             raise BudgetError(
                 f"no probabilities found that meet all {len(self.budgets)} budgets: the closest ones miss one by "
-                f"{best:.3g} of itself; the budgets may exclude each other"
+                f"{miss:.3g} of itself; the budgets may exclude each other"
             )
-        return self._move(logits, best_t)
+        return self._move(logits, t)
 
     def transport(self, logits: Tensor, vector: Tensor) -> Tensor:
         """Carry a tangent vector to the point `logits`: projection onto the tangent space there."""
         return self.project(logits, vector)
 
     def _move(self, logits: Tensor, t: Tensor) -> Tensor:
-        return logits + torch.tensordot(t, self._direction, dims=1) if bool(t.any()) else logits
+        return logits + self._shift(t) if bool(t.any()) else logits
 
-    def _state(self, logits: Tensor, t: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Residual [q] in the tables' units, its Jacobian [q, q], and the potential."""
-        moved = self._move(logits, t)
+    def _descend(
+        self, logits: Tensor, t: Tensor, heat: float, aim: float, iterations: int
+    ) -> tuple[Tensor, float]:
+        """Newton at one temperature, from t; returns the best t seen and its largest relative residual."""
+        error, gram, potential = self._state(logits, t, heat)
+        best_t, best = t, self._miss(error)
+        damping = 0.0
+        for _ in range(iterations):
+            if best <= aim:
+                break
+            step = self._newton(gram, error, damping)
+            # A step beyond the reach of the quadratic model is shortened to one that moves logits by some units.
+            step = step * min(1.0, _REACH * heat / max(float(self._shift(step).abs().max()), 1e-300))
+            new_error, new_gram, new_potential = self._state(logits, t + step, heat)
+            # Close to the root the potential no longer resolves progress, the residual does.
+            falls = new_potential <= potential + 1e-4 * float(step @ error)
+            if falls or new_error.norm() < 0.9 * error.norm():
+                t, error, gram, potential = t + step, new_error, new_gram, new_potential
+                damping = 0.0 if damping < 1e-12 else damping / 10
+                if self._miss(error) < best:
+                    best_t, best = t, self._miss(error)
+            else:
+                damping = max(1e-8, damping * 10)
+        return best_t, best
+
+    def _shift(self, t: Tensor) -> Tensor:
+        return torch.tensordot(t, self._direction, dims=1)
+
+    def _state(self, logits: Tensor, t: Tensor, heat: float) -> tuple[Tensor, Tensor, float]:
+        """Residual [q] in the tables' units, its Jacobian [q, q], and the potential, at temperature `heat`."""
+        moved = (logits + self._shift(t)) / heat if heat != 1.0 else self._move(logits, t)
         p = self.probabilities(moved)
         mean = (p * self._direction).sum(dim=2, keepdim=True)
         centred = self._direction - mean
-        weighted = centred * (p * self._scale[:, None])
+        weighted = centred * (p * (self._scale / heat)[:, None])
         gram = weighted.flatten(1) @ centred.flatten(1).T
         target = (self.budgets - self._low) / self._unit
         error = (p * self._excess).sum(dim=2).sum(dim=1) / self._unit - target
         inside = moved if self.allowed is None else moved.masked_fill(~self.allowed, -torch.inf)
-        potential = float((self._scale * torch.logsumexp(inside, dim=1)).sum() - t @ target)
+        potential = heat * float((self._scale * torch.logsumexp(inside, dim=1)).sum()) - float(t @ target)
         return error, gram, potential
 
     def _miss(self, error: Tensor) -> float:
@@ -148,8 +165,7 @@ class OverlappingBudgetManifold:
         normalised = gram / diagonal[:, None] / diagonal[None, :]
         eye = torch.eye(len(error), dtype=error.dtype, device=error.device)
         inverse = torch.linalg.pinv(normalised + damping * eye, rtol=1e-14, hermitian=True)
-        step = -(inverse @ (error / diagonal)) / diagonal
-        return step * min(1.0, _REACH / max(float(step.abs().max()), 1e-300))
+        return -(inverse @ (error / diagonal)) / diagonal
 
     def _check_budgets(self, least: Tensor, most: Tensor) -> None:
         slack = TOLERANCE * self.budgets.abs()

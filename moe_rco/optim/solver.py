@@ -25,7 +25,8 @@ from moe_rco.optim.manifold import BudgetManifold
 from moe_rco.optim.mckp import Knapsack, MCKPSolution
 from moe_rco.optim.trace import Incumbent, StepRecord, pack_history, unpack_history
 
-SEARCH = "search"
+SEARCH, LINEAR = "search", "linear"
+_MEMORY = 0.9
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class SolveResult:
     """The best assignment seen.
 
     `choice` int64 [N], its evaluated `value` and integer `cost`; `name` of the candidate it came from
-    ("search" for the optimiser's own); `status` "completed" or "stalled" (stopped by patience); `history`,
+    ("search" and "linear" are the optimiser's own); `status` "completed" or "stalled" (stopped by patience); `history`,
     one record a step; `evaluations`, calls of the loss; the final `logits` [N, K].
     """
 
@@ -72,20 +73,17 @@ def minimize(
     """Choose one option per group so that the loss is low and the costs add up to at most `budget`.
 
     Args:
-        loss: maps a straight-through one-hot tensor float64 [N, K] to a scalar tensor. How it makes
-        gradients with
-            respect to that tensor (autograd or an estimator of its own) is its business.
+        loss: maps a straight-through one-hot tensor float64 [N, K] to a scalar tensor. How it makes gradients
+            with respect to that tensor (autograd or an estimator of its own) is its business.
         costs: integers [N, K]; `logits` and samples live on its device.
         budget: integer. The expected cost equals it throughout, so it must lie between the cheapest and the
-        dearest
-            assignment; samples and result never cost more.
+            dearest assignment; samples and result never cost more.
         steps, samples, lr, tau: optimiser steps, antithetic samples a step, Adam's rate, first and last
-        temperature.
+            temperature.
         init_logits: float [N, K] prior, moved onto the manifold first; zeros when left out.
         floor, layer, allowed: as in `solve_mckp`; they hold in every sample.
         evaluate: value of a choice int64 [N], lower is better, on data that gave no gradients. Without it
-        the loss of
-            the one-hot choice stands in.
+            the loss stands in, of every sample too; it must then be deterministic.
         evaluate_every: decode and evaluate every so many steps; 0 only at the end, which always happens.
         candidates: named choices evaluated first; the result is never worse than any of them.
         margin: how much lower than the best so far a value must be to replace it.
@@ -112,7 +110,7 @@ def minimize(
             status = "stalled"
             break
     if run.step == 0:
-        run.judge_decode()
+        run.judge_decode(last=True)
     return run.result(status)
 
 
@@ -131,13 +129,17 @@ class _Run:
         self.history: list[StepRecord] = []
         self.step = self.evaluations = 0
         self.logits = torch.zeros_like(self.manifold.costs)
+        # Running sum of the loss's gradients with respect to the samples, old ones fading.
+        self.slope = torch.zeros_like(self.logits)
         self.warm: MCKPSolution | None = None
 
-    def start(self, init_logits: Tensor | None, candidates: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> None:
+    def start(
+        self, init_logits: Tensor | None, candidates: Mapping[str, Any] | Iterable[tuple[str, Any]]
+    ) -> None:
         if init_logits is not None:
             self.logits = init_logits.detach().to(self.logits)
         self.logits = self.manifold.retract(self.logits)
-        for name, choice in candidates.items() if isinstance(candidates, Mapping) else candidates:
+        for name, choice in dict(candidates).items():
             self._judge(self.knapsack.checked(choice, f"candidate {name!r}"), name)
         self.best.misses = 0
 
@@ -149,30 +151,39 @@ class _Run:
             noisy = (leaf + noise.to(leaf.device)) / tau
             self.warm = self.knapsack.solve(noisy, warm=self.warm)
             sample = straight_through(self._one_hot(self.warm.choice), self.manifold.probabilities(noisy))
-            total += self._backward(sample, samples)
+            value = self._backward(sample, samples)
+            total += value
+            if self.evaluate is None:
+                self.best.offer(self.warm.choice, value, SEARCH)
         if leaf.grad is None:
             raise UserError("the loss has no gradient with respect to the sample")
         self.logits = self.adam.step(self.logits, leaf.grad)
         self.step += 1
-        value = self.judge_decode() if last or (every and self.step % every == 0) else None
+        value = self.judge_decode(last) if last or (every and self.step % every == 0) else None
         p = self.manifold.probabilities(self.logits)
         entropy = float(torch.special.entr(p).sum(dim=1).mean())
         gap = float((self.manifold.expected_cost(self.logits) - self.budget).abs()) / max(1, self.budget)
-        record = StepRecord(self.step, total / samples, gap, tau, entropy, value, self.best.value,
-        self.evaluations) self.history.append(record)
+        record = StepRecord(
+            self.step, total / samples, gap, tau, entropy, value, self.best.value, self.evaluations
+        )
+        self.history.append(record)
         return record.with_state(self.state)
 
-    def judge_decode(self) -> float:
-        """Evaluate the most probable assignment within the budget."""
+    def judge_decode(self, last: bool) -> float:
+        """Evaluate the most probable assignment within the budget; at the end also the best of the linearised
+        loss, which is the optimum itself when the loss is a sum over groups."""
         choice = self.knapsack.solve(torch.log_softmax(self.logits, dim=1)).choice
-        return self._judge(choice, SEARCH)
+        value = self._judge(choice, SEARCH)
+        if last and self.step > 0:
+            self._judge(self.knapsack.solve(-self.slope).choice, LINEAR)
+        return value
 
     def state(self) -> dict[str, Any]:
         """Everything needed to continue: tensors, plain numbers and one string."""
         adam = {f"adam.{name}": value for name, value in self.adam.state_dict().items()}
         warm = 0.0 if self.warm is None else self.warm.multiplier
         return adam | self.best.state() | {
-            "logits": self.logits.clone(), "generator": self.generator.get_state(), "step": self.step,
+            "logits": self.logits.clone(), "slope": self.slope.clone(), "generator": self.generator.get_state(), "step": self.step,
             "evaluations": self.evaluations, "history": pack_history(self.history), "multiplier": warm,
         }  # fmt: skip
 
@@ -180,6 +191,7 @@ class _Run:
         if state["logits"].shape != self.logits.shape:
             raise UserError(f"the state is of another problem: logits {list(state['logits'].shape)}")
         self.logits = state["logits"].clone().to(self.logits.device)
+        self.slope = state["slope"].clone().to(self.logits.device)
         self.adam.load_state_dict({k[5:]: v for k, v in state.items() if k.startswith("adam.")})
         self.best.load(state)
         self.generator.set_state(state["generator"])
@@ -202,7 +214,7 @@ class _Run:
             known = self._value(choice)
             if math.isnan(known):
                 raise UserError(f"the value of {name!r} is not a number")
-        self.best.offer(choice, known, name)
+        self.best.judge(choice, known, name)
         return known
 
     def _value(self, choice: NDArray[np.int64]) -> float:
@@ -219,7 +231,10 @@ class _Run:
             raise UserError(f"the loss is {float(value)} at step {self.step}")
         if not value.requires_grad:
             raise UserError("the loss has no gradient with respect to the sample")
+        sample.retain_grad()
         (value / samples).backward()
+        if sample.grad is not None:
+            self.slope.mul_(_MEMORY ** (1 / samples)).add_(sample.grad)
         return float(value.detach())
 
     def _one_hot(self, choice: NDArray[np.int64]) -> Tensor:

@@ -51,10 +51,11 @@ def pack_history(history: Sequence[StepRecord]) -> Tensor:
 
 def unpack_history(table: Tensor) -> list[StepRecord]:
     """The inverse of `pack_history`."""
-    return [
-        StepRecord(int(row[0]), *row[1:5], None if np.isnan(row[5]) else row[5], row[6], int(row[7]))
-        for row in table.tolist()
-    ]
+    history = []
+    for step, loss, error, tau, entropy, value, best, evaluations in table.tolist():
+        seen = None if np.isnan(value) else value
+        history.append(StepRecord(int(step), loss, error, tau, entropy, seen, best, int(evaluations)))
+    return history
 
 
 class Incumbent:
@@ -68,12 +69,15 @@ class Incumbent:
         self._last: tuple[NDArray[np.int64], float] | None = None
 
     def offer(self, choice: NDArray[np.int64], value: float, name: str) -> None:
-        """Consider an assignment; `misses` counts offers in a row that did not win."""
-        self._last = (choice, value)
+        """Consider an assignment."""
         if self.choice is None or value < self.value - self.margin:
             self.choice, self.value, self.name, self.misses = choice, value, name, 0
-        else:
-            self.misses += 1
+
+    def judge(self, choice: NDArray[np.int64], value: float, name: str) -> None:
+        """Consider an assignment that was evaluated on purpose; `misses` counts those in a row that lost."""
+        self._last = (choice, value)
+        self.misses += 1
+        self.offer(choice, value, name)
 
     def recall(self, choice: NDArray[np.int64]) -> float | None:
         """The value of the best or the latest assignment, so that a decode that stands still costs
@@ -85,10 +89,11 @@ class Incumbent:
         return None
 
     def state(self) -> dict[str, Any]:
-        """Tensors, numbers and the name; `best.choice` is absent while nothing was offered."""
+        """Tensors, numbers and the name; choices are absent while there are none."""
         state: dict[str, Any] = {"best.value": self.value, "best.name": self.name, "best.misses": self.misses}
-        if self.choice is not None and self._last is not None:
+        if self.choice is not None:
             state["best.choice"] = torch.from_numpy(self.choice.copy())
+        if self._last is not None:
             state["last.choice"] = torch.from_numpy(self._last[0].copy())
             state["last.value"] = self._last[1]
         return state
@@ -98,4 +103,5 @@ class Incumbent:
         self.misses = int(state["best.misses"])
         if "best.choice" in state:
             self.choice = state["best.choice"].cpu().numpy().copy()
+        if "last.choice" in state:
             self._last = (state["last.choice"].cpu().numpy().copy(), float(state["last.value"]))

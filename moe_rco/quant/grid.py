@@ -1,7 +1,8 @@
 """Quantisation grids: the scale and zero point of every group of weights, and rounding onto them.
 
-A weight is represented as `(code - zero) * scale` with an integer code in [-2^(bits-1), 2^(bits-1) - 1]. Scales are rounded
-to bfloat16 before a code is computed, so the scale that was used is the scale that is stored.
+A weight is represented as `(code - zero) * scale` with an integer code in [-2^(bits-1), 2^(bits-1) - 1].
+Scales are rounded to bfloat16 before a code is computed, so the scale that was used is the scale that is
+stored.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from moe_rco.types import Option
 SCALE_DTYPE = torch.bfloat16
 _TINY = torch.finfo(SCALE_DTYPE).tiny
 
-# Clipping ratios tried around the plain min-max scale (first: start of the search, second: its end, third: how many).
-# The fewer the levels, the more it pays to clip outliers; measured, see `fit_grid`.
-_RATIOS = {2: (0.45, 1.10, 14), 3: (0.55, 1.10, 12), 4: (0.65, 1.10, 10), 8: (0.95, 1.00, 6)}
+# Clipping ratios tried around the plain min-max scale (first: start of the search, second: its end, third:
+# how many). The fewer the levels, the more it pays to clip outliers; measured, see `fit_grid`.
+_RATIOS = {2: (0.45, 1.10, 14), 3: (0.55, 1.10, 12), 4: (0.65, 1.10, 10), 8: (0.95, 1.00, 14)}
 _REFITS = 2
+# A group none of whose columns matters still gets a sensible grid.
+_LEAST_IMPORTANCE = 1e-6
 # Elements worked on at once. The search reads a chunk some hundred times, so it should stay in a CPU's cache.
-_CHUNK = {"cpu": 1 << 17}
+_CHUNK = {"cpu": 1 << 19}
 _CHUNK_ELSEWHERE = 1 << 25
 
 
@@ -34,7 +37,9 @@ class Grid(NamedTuple):
 
 
 class Quantized(NamedTuple):
-    """Quantised matrices: `codes` int8 [..., R, C], `scale` bfloat16 [..., R, G], `zero` int8 [..., R, G] or None."""
+    """Quantised matrices: `codes` int8 [..., R, C], `scale` bfloat16 [..., R, G], `zero` int8 [..., R, G] or
+    None.
+    """
 
     codes: Tensor
     scale: Tensor
@@ -68,7 +73,7 @@ def quantize_to_grid(weight: Tensor, grid: Grid, option: Option) -> Tensor:
 def dequantize_codes(
     codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """`(codes - zero) * scale`, [..., R, C]. The product is rounded to `dtype` once, as compressed-tensors does."""
+    """`(codes - zero) * scale`, [..., R, C], rounded to `dtype` once as compressed-tensors does."""
     work = torch.promote_types(dtype, torch.float32)
     groups = codes.to(work).unflatten(-1, (scale.shape[-1], -1))
     if zero is not None:
@@ -79,12 +84,12 @@ def dequantize_codes(
 def fit_grid(weight: Tensor, option: Option, importance: Tensor | None = None, search: bool = True) -> Grid:
     """Scale and zero point of every group of `weight` [..., R, C].
 
-    With `search` the squared rounding error is minimised over clipping ratios and zero points, followed by least-squares
-    refits of the scale to the codes; a symmetric grid may then have a negative scale, which spends its one unpaired code
-    (-8 of 4 bits) on the side of the group's largest weight: 10 % less squared error at int4-g64. Without `search` the
-    grid spans the group's smallest to largest weight.
-    `importance` [..., C] weighs the columns' squared errors (the leading dimensions are those of `weight`).
-    Finite weights give finite grids whatever their magnitude; a group of zeros gets scale 1.
+    With `search` the squared rounding error is minimised over clipping ratios and zero points, followed by
+    least-squares refits of the scale to the codes; a symmetric grid may then have a negative scale, which
+    spends its one unpaired code (-8 of 4 bits) on the side of the group's largest weight: 10 % less squared
+    error at int4-g64. Without `search` the grid spans the group's smallest to largest weight. `importance`
+    [..., C] weighs the columns' squared errors (the leading dimensions are those of `weight`). Finite weights
+    give finite grids whatever their magnitude; a group of zeros gets scale 1.
     """
     *lead, rows, columns = weight.shape
     width = group_width(columns, option)
@@ -94,7 +99,9 @@ def fit_grid(weight: Tensor, option: Option, importance: Tensor | None = None, s
     if importance is not None:
         # Only relative importance matters; dividing by the largest keeps sums of squares in range.
         importance = importance / importance.amax(-1, keepdim=True).clamp_min(_TINY)
-        importance = importance.to(weight.dtype).reshape(-1, columns // width, width)
+        importance = (
+            importance.to(weight.dtype).clamp_min(_LEAST_IMPORTANCE).reshape(-1, columns // width, width)
+        )
     step = max(1, _CHUNK.get(weight.device.type, _CHUNK_ELSEWHERE) // columns)
     for start in range(0, len(groups), step):
         part = slice(start, start + step)
@@ -177,7 +184,7 @@ def _representable(scale: Tensor) -> Tensor:
 def _error(
     unit: Tensor, scale: Tensor, bounds: tuple[Tensor, Tensor], importance: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Squared error [M] of rounding `unit` [M, width] with `scale` [M], and the codes relative to the zero point."""
+    """Squared error [M] of rounding `unit` [M, width] with `scale` [M], and codes less the zero point."""
     step = scale.unsqueeze(-1)
     codes = torch.div(unit, step).round_().clamp_(*bounds)
     residual = torch.addcmul(unit, codes, step, value=-1).square_()

@@ -1,8 +1,9 @@
 """Packed tensors as written to disk, and their exact size in bytes.
 
-The form is "pack-quantized" of compressed-tensors 0.17, so that any reader of that format reads our experts. Its packing
-functions are used as they are: codes are stored with an offset of 2^(bits-1), `32 // bits` of them in an int32 (3-bit codes
-therefore take 3.2 bits), zero points packed likewise along the output dimension.
+The form is "pack-quantized" of compressed-tensors 0.17, so that any reader of that format reads our experts.
+Its packing functions are used as they are: codes are stored with an offset of 2^(bits-1), `32 // bits` of
+them in an int32 (3-bit codes therefore take 3.2 bits), zero points packed likewise along the output
+dimension.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ SHAPE = "weight_shape"
 def layout(
     shape: tuple[int, int], option: Option, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Suffix -> (shape, dtype) of each tensor a weight of `shape` (output, input) is written as under `option`.
+    """Suffix -> (shape, dtype) of each tensor that a weight of `shape` (output, input) is written as.
 
     `dtype` is that of a weight which is not quantised. A pruned weight is written as nothing.
     """
@@ -50,14 +51,17 @@ def layout(
 
 
 def nbytes(shape: tuple[int, int], option: Option) -> int:
-    """Bytes on disk of a weight of `shape` (output, input) under `option`; this is the cost the search counts."""
+    """Bytes on disk of a weight of `shape` (output, input) under `option`: the cost the search counts."""
     return sum(math.prod(size) * dtype.itemsize for size, dtype in layout(shape, option).values())
 
 
 def cost_table(
     groups: Sequence[Group], options: Sequence[Option], floor: int, original_bytes: int
 ) -> CostTable:
-    """Bytes of every option of every group. Raises RecipeError where a group size does not divide a weight's inputs."""
+    """Bytes of every option of every group, with the floor and size of the model they belong to.
+
+    Raises RecipeError where an option's group size does not divide a weight's input dimension.
+    """
     cache: dict[tuple[tuple[int, int], Option], int] = {}
 
     def cost(weight: Weight, option: Option) -> int:
@@ -80,16 +84,17 @@ def _check(weight: Weight, option: Option) -> None:
         usable = [size for size in (128, 64, 32) if columns % size == 0]
         advice = f"int{option.bits}-g{usable[0]}" if usable else f"int{option.bits}"
         raise RecipeError(
-            f"option '{option}': group size {option.group_size} does not divide the input dimension {columns} of "
-            f"'{weight.name}'; use for example '{advice}'"
+            f"option '{option}': group size {option.group_size} does not divide the input dimension "
+            f"{columns} of '{weight.name}'; use for example '{advice}'"
         )
 
 
 def pack(codes: Tensor, scale: Tensor, zero: Tensor | None, option: Option) -> dict[str, Tensor]:
     """Tensors to write, by suffix.
 
-    `codes` is int8 [..., R, C], `scale` [..., R, G], `zero` int8 [..., R, G] or None. Leading dimensions are kept in front of
-    every tensor (`weight_shape` becomes [..., 2]), so that `tensor[e]` is what expert e is written as.
+    `codes` is int8 [..., R, C], `scale` [..., R, G], `zero` int8 [..., R, G] or None. Leading dimensions are
+    kept in front of every tensor (`weight_shape` becomes [..., 2]), so that `tensor[e]` is what expert e is
+    written as.
     """
     if (zero is None) != option.symmetric:
         raise ValueError(f"{option} needs {'no zero points' if option.symmetric else 'zero points'}")
@@ -111,16 +116,17 @@ def unpack(tensors: Mapping[str, Tensor], option: Option) -> Quantized:
     codes = _unpack(tensors[PACKED], option.bits, columns)
     zero = None
     if not option.symmetric:
-        zero = _unpack(tensors[ZERO_POINT].transpose(-1, -2), option.bits, rows).transpose(-1, -2).contiguous()
+        zero = (
+            _unpack(tensors[ZERO_POINT].transpose(-1, -2), option.bits, rows).transpose(-1, -2).contiguous()
+        )
     return Quantized(codes, tensors[SCALE], zero)
 
 
-def dequantize(
-    tensors: Mapping[str, Tensor], option: Option, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """The weights [..., R, C] that written tensors stand for. A weight that is not quantised is only converted.
+def dequantize(tensors: Mapping[str, Tensor], option: Option, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weights [..., R, C] that written tensors stand for.
 
-    Raises ValueError for prune, which is written as nothing and so has no shape.
+    A weight that is not quantised is only converted. Raises ValueError for prune, which is written as nothing
+    and so has no shape.
     """
     if option.is_prune:
         raise ValueError("a pruned weight has no tensors to dequantize")
@@ -130,7 +136,7 @@ def dequantize(
 
 
 def _pack(values: Tensor, bits: int) -> Tensor:
-    """Pack int8 [..., n] along the last dimension; leading dimensions are folded because the library loops over them."""
+    """Pack int8 [..., n] along the last dimension, all leading dimensions at once (the library loops)."""
     # Imported late: it costs seconds (all of transformers), and byte costs are wanted without it.
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 

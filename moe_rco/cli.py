@@ -1,0 +1,184 @@
+"""The command `moe-rco`. Parses arguments, calls the package, maps errors to exit codes.
+
+0: done. 1: a fault of ours. 2: the input cannot be used as given. 130: interrupted. Modules that load torch
+are imported inside the commands, so that `--help` and `validate` answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import click
+
+from moe_rco._version import __version__
+from moe_rco.errors import OutputError, UserError
+
+EXIT_INTERRUPTED = 130
+_DEBUG_VARIABLE = "MOE_RCO_DEBUG"
+
+
+class _Commands(click.Group):
+    """Turns errors of the user into one line and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            click.echo(f"error: {_one_line(error)}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(EXIT_INTERRUPTED)
+
+
+def _one_line(error: BaseException) -> str:
+    return re.sub(r"\s*[\r\n]+\s*", " ", str(error)).strip()
+
+
+def _report_fault(kind: type[BaseException], fault: BaseException, trace: TracebackType | None) -> None:
+    """Installed as sys.excepthook: whatever reaches it is our fault, and Python exits with 1 after it."""
+    click.echo(
+        f"internal error: {kind.__name__}: {_one_line(fault)}\n"
+        "This is a bug in moe_rco. Please report it, with what --debug shows for the same command.",
+        err=True,
+    )
+
+
+def _debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value:
+        sys.excepthook = sys.__excepthook__
+
+
+def _example(*lines: str) -> str:
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+_debug_option = click.option(
+    "--debug",
+    is_flag=True,
+    expose_value=False,
+    callback=_debug,
+    help="Show the traceback of an internal error.",
+)
+_set_option = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a key of the recipe; can be repeated.",
+)
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=_example("moe-rco prune --recipe demo", "moe-rco prune --help"),
+)
+@click.version_option(__version__, prog_name="moe-rco")
+def app() -> None:
+    """Fit a mixture-of-experts model into a number of bytes.
+
+    For every expert at once it is decided whether to prune it or at how many bits to keep it, so that the
+    files never exceed the budget and the model's own loss is as low as it can be.
+    """
+
+
+@app.command(
+    epilog=_example(
+        "moe-rco prune --recipe demo",
+        "moe-rco prune --recipe qwen-moe --set model=/models/Qwen3-30B-A3B --dry-run",
+        "moe-rco prune --recipe my.yaml --set budget.bytes=20GiB --output out/20gib",
+    )
+)
+@click.option(
+    "--recipe", required=True, metavar="RECIPE", help="A recipe file, or the name of a shipped recipe."
+)
+@click.option("--output", metavar="DIR", help="Where to write, instead of the recipe's output.")
+@_set_option
+@click.option("--overwrite", is_flag=True, help="Replace the output directory if it exists.")
+@click.option("--dry-run", is_flag=True, help="Show sizes, memory and settings, and stop.")
+@_debug_option
+def prune(
+    recipe: str, output: str | None, overrides: tuple[str, ...], overwrite: bool, dry_run: bool
+) -> None:
+    """Choose, quantise, write, reload and measure, as a recipe says."""
+    from moe_rco.recipe import load
+
+    if output is not None:
+        # JSON text is YAML text in quotes: a directory named 35 stays a name.
+        overrides = (*overrides, f"output={json.dumps(output, ensure_ascii=False)}")
+    loaded = load(recipe, overrides)
+
+    from moe_rco import console, pipeline
+
+    if dry_run:
+        console.show_preflight(pipeline.preflight(loaded, overwrite=overwrite))
+        return
+    console.show_summary(pipeline.prune(loaded, progress=console.RichProgress(), overwrite=overwrite))
+
+
+@app.command(epilog=_example("moe-rco validate my.yaml", "moe-rco validate demo --set budget.ratio=0.35"))
+@click.argument("recipe")
+@_set_option
+@_debug_option
+def validate(recipe: str, overrides: tuple[str, ...]) -> None:
+    """Check a recipe without touching a model."""
+    from moe_rco.recipe import load
+
+    loaded = load(recipe, overrides)
+    options = ", ".join(option.name for option in loaded.options)
+    click.echo(f"{recipe}: valid. {loaded.model}, options {options}, budget {loaded.budget.text}.")
+
+
+@app.command(epilog=_example("moe-rco inspect /models/Qwen3-30B-A3B", "moe-rco inspect out/demo"))
+@click.argument("directory")
+@_debug_option
+def inspect(directory: str) -> None:
+    """Show layers, experts, options and bytes of a model directory.
+
+    DIRECTORY holds an original mixture-of-experts model or what `prune` wrote.
+    """
+    from moe_rco import console, inspection
+
+    console.show_inspect(inspection.inspect(directory))
+
+
+@app.command(
+    epilog=_example("moe-rco init /models/Qwen3-30B-A3B", "moe-rco init /models/Qwen3-30B-A3B -o qwen.yaml")
+)
+@click.argument("model_dir")
+@click.option("-o", "--output", metavar="FILE", help="Write the recipe to a new file, not to the screen.")
+@_debug_option
+def init(model_dir: str, output: str | None) -> None:
+    """Write a commented recipe for the model in MODEL_DIR."""
+    from moe_rco.template import recipe_for
+
+    text = recipe_for(model_dir)
+    if output is None:
+        click.echo(text, nl=False)
+        return
+    try:
+        with Path(output).open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise OutputError(f"{output} exists; choose another name or remove it") from error
+    except OSError as error:
+        raise OutputError(f"{output} cannot be written: {error.strerror}") from error
+    click.echo(f"wrote {output}; next: moe-rco prune --recipe {output} --dry-run")
+
+
+def main() -> None:
+    """Entry point of the installed command."""
+    if not os.environ.get(_DEBUG_VARIABLE):
+        sys.excepthook = _report_fault
+    app(prog_name="moe-rco")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""The main job: choose, rewrite, reload and measure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from moe_rco import preflight as checks
+from moe_rco.baselines import starting_points
+from moe_rco.calib.bank import OptionBank
+from moe_rco.calib.calibrate import Calibrated, calibrate
+from moe_rco.calib.data import TokenPool, heldout_pool, load_tokenizer, make_pools
+from moe_rco.calib.fisher import fisher_effects
+from moe_rco.calib.measure import Scores, measure
+from moe_rco.calib.objective import AssignedModel
+from moe_rco.calib.runner import Runner
+from moe_rco.calib.search import Chosen, rco
+from moe_rco.ckpt.destination import check_destination, publish
+from moe_rco.ckpt.reader import Checkpoint
+from moe_rco.ckpt.rewrite import rewrite
+from moe_rco.ckpt.store import Store
+from moe_rco.errors import MoeRcoError
+from moe_rco.plan import Plan
+from moe_rco.recipe import Recipe
+from moe_rco.report import Preflight, Reload, Report
+from moe_rco.reporting import build_report
+from moe_rco.serve.hf import register
+from moe_rco.types import Assignment, Budget, Progress, Silent
+
+RELOAD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
+"""Largest difference of a logit between the written and the searched model; routing may differ by rounding in bfloat16."""
+RELOAD_SEQUENCES = 4
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A calibrated model with every option quantised: what a search for any budget starts from.
+
+    `effects` [N, K] is the Fisher estimate of what each option of each group adds to the KL.
+    """
+
+    checkpoint: Checkpoint
+    model: AssignedModel
+    store: Store
+    pools: tuple[TokenPool, TokenPool]
+    calibrated: Calibrated
+    effects: np.ndarray
+
+
+def preflight(recipe: Recipe, *, overwrite: bool = False) -> Preflight:
+    """What `prune` would do, with sizes and memory. Raises UserError for everything that can be known to be wrong."""
+    return checks.check(recipe, overwrite=overwrite)
+
+
+def prune(recipe: Recipe, *, progress: Progress | None = None, overwrite: bool = False) -> Report:
+    """Do the whole job of a recipe: the output directory appears complete, measured and with its report, or not at all.
+
+    What is quantised is kept in `<output>.work` until the end, so that an interrupted run goes on where it was.
+    Raises UserError for what the user can repair.
+    """
+    clock = _Clock(progress or Silent())
+    preflight(recipe, overwrite=overwrite)
+    sized = checks.size(recipe)
+    checkpoint = checks.fetch(sized)
+    checkpoint.check_finite(sized.adapter, clock)
+    output = Path(recipe.output)
+    work = output.with_name(output.name + ".work")
+    prepared = prepare(sized, checkpoint, work, clock)
+    chosen = choose(prepared, sized.budget, recipe, clock)
+    assignment = chosen.best.assignment
+    plan = Plan.from_assignment(
+        assignment,
+        sized.budget,
+        model_digest=checkpoint.digest(clock),
+        recipe_digest=recipe.digest(),
+        losses={"kept_out_kl": chosen.best.kl},
+    )
+    staged = work / "checkpoint"
+    written = rewrite(
+        checkpoint, sized.adapter, assignment, plan, prepared.store, staged, recipe.to_yaml(), overwrite=True, progress=clock
+    )
+    heldout = heldout_pool(recipe.calibration, load_tokenizer(checkpoint.directory), prepared.pools[1])
+    reload, scores = verify(prepared, assignment, staged, heldout, clock)
+    report = build_report(
+        sized, plan.model, prepared.store, chosen, written, reload, scores, clock.stages, output
+    )
+    report.check()
+    report.save(staged)
+    check_destination(output, overwrite=overwrite, keep=checkpoint.directory)
+    publish(staged, output, overwrite=overwrite, keep=checkpoint.directory)
+    shutil.rmtree(work, ignore_errors=True)
+    return report
+
+
+def prepare(sized: checks.Sized, checkpoint: Checkpoint, work: Path, progress: Progress) -> Prepared:
+    """Read calibration text, quantise every option into `work/store`, and measure what each would do. Raises UserError."""
+    recipe = sized.recipe
+    device = checks.resolve_device(recipe)
+    dtype = checks.resolve_dtype(recipe, device)
+    tokenizer = load_tokenizer(checkpoint.directory)
+    runner = Runner(checkpoint, sized.adapter, device, dtype)
+    pools = make_pools(recipe.calibration, tokenizer, runner.vocab_size, recipe.search.seed)
+    tokens = [hashlib.sha256(pool.ids.numpy().tobytes()).hexdigest() for pool in pools]
+    inputs = [checkpoint.digest(progress), *tokens, recipe.quantizer.model_dump(mode="json"), str(dtype)]
+    store = Store(work / "store", hashlib.sha256(json.dumps(inputs).encode()).hexdigest())
+    bank = OptionBank(checkpoint, sized.adapter, sized.table, device, dtype)
+    original = AssignedModel(runner, sized.adapter, checkpoint.config, bank)
+    calibrated = calibrate(original, store, pools, recipe.quantizer.method, progress)
+    model = AssignedModel(runner, sized.adapter, checkpoint.config, bank, store)
+    effects = fisher_effects(model, pools[0], recipe.search.seed, progress)
+    return Prepared(checkpoint, model, store, pools, calibrated, effects)
+
+
+def choose(prepared: Prepared, budget: Budget, recipe: Recipe, progress: Progress) -> Chosen:
+    """Search for the best assignment within a budget; simple methods' assignments take part as candidates."""
+    candidates = starting_points(prepared.model.table, budget, prepared.calibrated.usage)
+    references = (prepared.calibrated.train, prepared.calibrated.kept_out)
+    return rco(
+        prepared.model, budget, prepared.effects, prepared.pools, references, recipe.search, candidates, progress
+    )
+
+
+def verify(
+    prepared: Prepared, assignment: Assignment, directory: Path, pool: TokenPool, progress: Progress
+) -> tuple[Reload, Scores]:
+    """Load a written checkpoint with transformers, compare its logits with the searched model, and measure it.
+
+    Raises MoeRcoError where they differ: what was written is not what was chosen.
+    """
+    model, device, dtype = prepared.model, prepared.model.runner.device, prepared.model.runner.dtype
+    reloaded = load_model(directory, device, dtype)
+
+    @torch.no_grad()
+    def after(ids: torch.Tensor) -> torch.Tensor:
+        return reloaded(ids.to(device)).logits
+
+    def before(ids: torch.Tensor) -> torch.Tensor:
+        return model.runner.logits(model.hidden(ids))
+
+    sample = prepared.pools[1].ids[:RELOAD_SEQUENCES]
+    searched = model.runner.logits(model.hidden(sample, assignment.choice))
+    difference = float((searched - after(sample).float()).abs().max())
+    tolerance = RELOAD_TOLERANCE[dtype]
+    if not difference <= tolerance:
+        raise MoeRcoError(
+            f"the written checkpoint's logits differ from the searched model's by {difference:.3g} (tolerance {tolerance}); "
+            "nothing was put in place"
+        )
+    reload = Reload(max_logit_difference=difference, tolerance=tolerance, passed=True)
+    return reload, measure(before, after, pool, progress)
+
+
+def load_model(directory: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """A written checkpoint as a transformers model."""
+    register()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(device).eval()
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+@dataclass
+class _Clock:
+    """Passes progress on, and notes how long each stage took."""
+
+    progress: Progress
+    stages: list[tuple[str, float]] = field(default_factory=list)
+
+    @contextmanager
+    def stage(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+        start = time.monotonic()
+        with self.progress.stage(title, total) as advance:
+            yield advance
+        self.stages.append((title, time.monotonic() - start))

@@ -1,0 +1,112 @@
+"""Fills the report from what a run has done."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from moe_rco._version import __version__
+from moe_rco.calib.measure import Scores
+from moe_rco.calib.search import Chosen
+from moe_rco.ckpt.rewrite import RewriteResult
+from moe_rco.ckpt.store import Store
+from moe_rco.preflight import Sized
+from moe_rco.report import (
+    BudgetPart,
+    BytesPart,
+    Candidate,
+    Domain,
+    Layer,
+    QuantizerOption,
+    QuantizerPart,
+    Reload,
+    Report,
+    SearchPart,
+    SearchStep,
+    Software,
+    Stage,
+)
+from moe_rco.types import CostTable
+
+PACKAGES = ("torch", "transformers", "compressed-tensors", "safetensors", "numpy")
+
+
+def build_report(
+    sized: Sized,
+    model_digest: str,
+    store: Store,
+    chosen: Chosen,
+    written: RewriteResult,
+    reload: Reload,
+    scores: Scores,
+    stages: Sequence[tuple[str, float]],
+    output: Path,
+) -> Report:
+    """Everything a user or a later program wants to know about the run, in one value."""
+    recipe, table, budget = sized.recipe, sized.table, sized.budget
+    assignment = chosen.best.assignment
+    slack = budget.bytes - written.expert_bytes
+    return Report(
+        version=__version__,
+        software=Software(python=platform.python_version(), packages={name: version(name) for name in PACKAGES}),
+        model=recipe.model,
+        model_digest=model_digest,
+        family=sized.adapter.model_type,
+        recipe_digest=recipe.digest(),
+        seed=recipe.search.seed,
+        output=str(output),
+        budget=BudgetPart(text=budget.text, bytes=budget.bytes),
+        bytes=BytesPart(
+            experts_before=table.original_bytes,
+            experts_after=written.expert_bytes,
+            budget=budget.bytes,
+            slack=slack,
+            slack_ratio=slack / budget.bytes,
+            other=written.other_bytes,
+            total=written.total_bytes,
+        ),
+        layers=tuple(
+            Layer(layer=layer, options=tuple(option.name for option in assignment.layer_options(layer)))
+            for layer in table.layers
+        ),
+        counts=assignment.counts(),
+        candidates=tuple(
+            Candidate(name=tried.name, kl=tried.kl, cost=tried.assignment.cost) for tried in chosen.candidates
+        ),
+        winner=chosen.best.name,
+        domains=tuple(
+            Domain(
+                name=score.name,
+                tokens=score.tokens,
+                loss_before=score.loss_before,
+                loss_after=score.loss_after,
+                kl=score.kl,
+                kl_stderr=score.kl_stderr,
+            )
+            for score in scores.domains
+        ),
+        kl=scores.all.kl,
+        kl_stderr=scores.all.kl_stderr,
+        quantizer=_quantizer(recipe.quantizer.method, store, table),
+        reload=reload,
+        search=SearchPart(
+            steps=len(chosen.history),
+            history=tuple(SearchStep(step=record.step, kl=record.loss) for record in chosen.history),
+        ),
+        stages=tuple(Stage(name=name, seconds=round(seconds, 3)) for name, seconds in stages),
+    )
+
+
+def _quantizer(method: str, store: Store, table: CostTable) -> QuantizerPart:
+    """Means over layers of each option's relative output error."""
+    stats = [store.stats.get(str(layer), {}) for layer in table.layers]
+    options = {}
+    for option in table.options:
+        errors = [layer["error"][option.name] for layer in stats if option.name in layer.get("error", {})]
+        if errors:
+            rtn, gptq = (sum(error[key] for error in errors) / len(errors) for key in ("rtn", "gptq"))
+            options[option.name] = QuantizerOption(rtn_error=rtn, gptq_error=gptq)
+    undersampled = sum(len(layer.get("undersampled", ())) for layer in stats)
+    return QuantizerPart(method=method, options=options, undersampled_experts=undersampled)

@@ -1,0 +1,32 @@
+"""Settings for every test: no network, few threads, no colour; and a recipe to start from."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+for _name in ("FORCE_COLOR", "COLUMNS", "MOE_RCO_DEBUG"):
+    os.environ.pop(_name, None)
+
+MINIMAL = """\
+version: 1
+model: demo
+options: [prune, int4-g64, int8-g64, bf16]
+budget: {ratio: 0.25}
+calibration:
+  data: demo
+output: out/test
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    """A small valid recipe in a file; rewrite it to make it wrong."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(MINIMAL, encoding="utf-8")
+    return path

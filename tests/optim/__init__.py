@@ -1,0 +1,1 @@
+"""Tests of moe_rco.optim."""

@@ -1,0 +1,74 @@
+"""A complete, consistent report made by hand: 3 layers of 8 experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moe_rco.report import Report
+
+LAYERS = [
+    ["prune", "int4-g64", "int4-g64", "bf16", "int2-g64", "int8-g64", "prune", "int3-g64"],
+    ["int4-g64"] * 8,
+    ["bf16"] * 4 + ["prune"] * 4,
+]
+
+
+def report_data() -> dict[str, Any]:
+    """As in report.json; change what a test needs before validating."""
+    counts: dict[str, int] = {}
+    for options in LAYERS:
+        for option in options:
+            counts[option] = counts.get(option, 0) + 1
+    return {
+        "version": "0.1.0",
+        "software": {"python": "3.11.7", "packages": {"torch": "2.13.0"}},
+        "model": "demo",
+        "model_digest": "a" * 64,
+        "family": "qwen3_moe",
+        "recipe_digest": "b" * 64,
+        "seed": 0,
+        "output": "out/[demo]",
+        "budget": {"text": "ratio 0.25", "bytes": 1_000_000},
+        "bytes": {
+            "experts_before": 4_000_000,
+            "experts_after": 999_000,
+            "budget": 1_000_000,
+            "slack": 1_000,
+            "slack_ratio": 0.001,
+            "other": 500_000,
+            "total": 1_499_000,
+        },
+        "layers": [{"layer": index, "options": options} for index, options in enumerate(LAYERS)],
+        "counts": counts,
+        "candidates": [
+            {"name": "uniform int4-g64", "kl": 0.25, "cost": 990_000},
+            {"name": "fisher seed", "kl": 0.125, "cost": 999_500},
+            {"name": "rco step 40", "kl": 0.0625, "cost": 999_000},
+        ],
+        "winner": "rco step 40",
+        "domains": [
+            {
+                "name": name,
+                "tokens": 1234,
+                "loss_before": 2.0,
+                "loss_after": 2.0625,
+                "kl": 0.0625,
+                "kl_stderr": 0.001,
+            }
+            for name in ("prose", "python")
+        ],
+        "kl": 0.0625,
+        "kl_stderr": 0.0007,
+        "quantizer": {
+            "method": "gptq",
+            "options": {"int4-g64": {"rtn_error": 0.02, "gptq_error": 0.01}},
+            "undersampled_experts": 3,
+        },
+        "reload": {"max_logit_difference": 1.2e-6, "tolerance": 1e-4, "passed": True},
+        "search": {"steps": 40, "history": [{"step": 0, "kl": 0.2}]},
+        "stages": [{"name": "search", "seconds": 61.0}, {"name": "quantise", "seconds": 12.0}],
+    }
+
+
+def report(**changes: Any) -> Report:
+    return Report.model_validate({**report_data(), **changes})

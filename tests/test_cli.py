@@ -1,0 +1,249 @@
+"""The command line as a user meets it: help, exit codes, one-line errors."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from moe_rco import _version, cli, recipe
+from moe_rco.errors import ModelError
+from tests.conftest import MINIMAL
+from tests.tiny_models import save_tiny
+
+COMMANDS = sorted(cli.app.commands)
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def run_process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    code = "import sys; from moe_rco.cli import main; sys.exit(main())"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+        timeout=120,
+    )
+
+
+def assert_refused(result: Result, *parts: str) -> None:
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("error: ")
+    for part in parts:
+        assert part in result.stderr
+
+
+def test_the_commands() -> None:
+    assert COMMANDS == ["init", "inspect", "prune", "validate"]
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_every_help_shows_an_example_that_parses(command: str) -> None:
+    result = run(*([command] if command else []), "--help")
+    assert result.exit_code == 0
+    assert "Examples:" in result.output
+    examples = [line.split() for line in result.output.split("Examples:")[1].splitlines() if line.strip()]
+    assert examples
+    for words in examples:
+        assert words[:1] == ["moe-rco"]
+        if words[-1] == "--help":
+            continue
+        # Parsing alone: options that do not exist or lack a value raise here.
+        cli.app.commands[words[1]].make_context(words[1], words[2:])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_is_explained(command: str) -> None:
+    for parameter in cli.app.commands[command].params:
+        assert not isinstance(parameter, click.Option) or parameter.help
+
+
+def test_version_stands_in_one_place() -> None:
+    result = run("--version")
+    assert result.exit_code == 0
+    assert result.output == f"moe-rco, version {_version.__version__}\n"
+
+
+def test_validate(recipe_file: Path) -> None:
+    result = run("validate", recipe_file)
+    assert result.exit_code == 0
+    assert result.output == (
+        f"{recipe_file}: valid. demo, options prune, int4-g64, int8-g64, bf16, budget ratio 0.25.\n"
+    )
+    assert "budget 12.00 MiB" in run("validate", "demo", "--set", "budget.bytes=12MiB").output
+
+
+@pytest.mark.parametrize("name", sorted(recipe.shipped()))
+def test_shipped_recipes_validate_by_name(name: str) -> None:
+    assert run("validate", name).exit_code == 0
+
+
+@pytest.mark.parametrize("command", [["validate"], ["prune", "--recipe"]])
+@pytest.mark.parametrize(
+    ("old", "new", "parts"),
+    [
+        ("output:", "outptu:", [":7: outptu: unknown key; did you mean 'output'?"]),
+        ("ratio: 0.25", "ratio: 0.25, bytes: 1MiB", [":4: budget: two budget forms, 'bytes' and 'ratio'"]),
+        ("ratio: 0.25", "ratio: lots", [":4: budget.ratio: must be a valid number, not 'lots'"]),
+        ("ratio: 0.25", "ratio: -1", [":4: budget.ratio: must be greater than 0, not -1"]),
+        ("int4-g64", "int2-g64", [":3: options: int2-g64", "experimental: true"]),
+        ("  data: demo", "  data: [", ["not valid YAML"]),
+        ("model: demo", 'model: "a\\nb"\nbad: 1', [":3: bad: unknown key"]),
+    ],
+)
+def test_bad_recipes(recipe_file: Path, command: list[str], old: str, new: str, parts: list[str]) -> None:
+    recipe_file.write_text(MINIMAL.replace(old, new))
+    assert_refused(run(*command, recipe_file), str(recipe_file), *parts)
+
+
+def test_no_such_recipe() -> None:
+    assert_refused(run("prune", "--recipe", "qwen-mo.yaml"), "no such recipe file; did you mean 'qwen-moe'?")
+
+
+def test_bad_override(recipe_file: Path) -> None:
+    result = run("prune", "--recipe", recipe_file, "--set", "search.stpes=3")
+    assert_refused(result, "--set search.stpes=3: search.stpes: unknown key; did you mean 'steps'?")
+
+
+def test_a_message_with_line_breaks_stays_one_line(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ModelError("first\n  second\r\nthird\n")
+
+    monkeypatch.setattr(recipe, "load", fail)
+    result = run("validate", recipe_file)
+    assert result.exit_code == 2
+    assert result.stderr == "error: first second third\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["prune"], ["prune", "--recipe"], ["nonsense"], ["validate"], ["prune", "--x"]]
+)
+def test_usage_errors_exit_with_2(arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert "Error:" in result.stderr
+
+
+def test_prune_passes_on_what_was_asked(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, object, bool]] = []
+    shown: list[str] = []
+    fake = SimpleNamespace(
+        preflight=lambda loaded, *, overwrite: calls.append(("preflight", loaded, overwrite)) or "preflight",
+        prune=lambda loaded, *, progress, overwrite: calls.append(("prune", loaded, overwrite)) or "report",
+    )
+    monkeypatch.setitem(sys.modules, "moe_rco.pipeline", fake)
+    monkeypatch.setattr("moe_rco.pipeline", fake, raising=False)
+    monkeypatch.setattr("moe_rco.console.show_preflight", shown.append)
+    monkeypatch.setattr("moe_rco.console.show_summary", shown.append)
+
+    dry = run("prune", "--recipe", recipe_file, "--output", "35", "--set", "search.steps=7", "--dry-run")
+    assert dry.exit_code == 0, dry.output
+    wet = run("prune", "--recipe", recipe_file, "--overwrite")
+    assert wet.exit_code == 0, wet.output
+
+    expected = recipe.load(recipe_file, ["output='35'", "search.steps=7"])
+    assert expected.output == "35"
+    assert calls == [("preflight", expected, False), ("prune", recipe.load(recipe_file), True)]
+    assert shown == ["preflight", "report"]
+
+
+def test_inspect_and_init(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_tiny("qwen3_moe", "tiny")
+    result = run("inspect", "tiny")
+    assert result.exit_code == 0, result.output
+    assert "qwen3_moe, 2 MoE layers x 8 experts (64 x 64), 2 used per token" in result.stdout
+    assert "16.00 bits per original weight" in result.stdout
+
+    printed = run("init", "tiny")
+    assert printed.exit_code == 0, printed.output
+    written = run("init", "tiny", "-o", "mine.yaml")
+    assert written.exit_code == 0, written.output
+    assert Path("mine.yaml").read_text() == printed.stdout
+    assert run("validate", "mine.yaml").exit_code == 0
+    assert_refused(run("init", "tiny", "-o", "mine.yaml"), "mine.yaml exists")
+    assert_refused(run("init", "tiny", "-o", "no/such/place.yaml"), "cannot be written")
+    assert_refused(run("inspect", "nowhere"), "no model directory nowhere")
+    assert_refused(run("init", "nowhere"), "no model directory nowhere")
+
+
+# Real processes: exit codes and hooks that live outside click.
+
+
+def test_process_user_error(tmp_path: Path) -> None:
+    result = run_process("validate", str(tmp_path / "missing.yaml"))
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_answers_without_loading_torch(recipe_file: Path) -> None:
+    code = (
+        "import sys; from moe_rco.cli import app; app({!r}, standalone_mode=False); "
+        "print(sorted({{'torch', 'transformers', 'numba', 'datasets'}} & sys.modules.keys()))"
+    )
+    for arguments in (["prune", "--help"], ["validate", str(recipe_file)]):
+        result = subprocess.run(
+            [sys.executable, "-c", code.format(arguments)], capture_output=True, text=True, check=True
+        )
+        assert result.stdout.splitlines()[-1] == "[]"
+
+
+FAULT = (
+    "import sys, moe_rco.recipe\n"
+    "def fail(*_): raise {}\n"
+    "moe_rco.recipe.load = fail\n"
+    "from moe_rco.cli import main\n"
+    "sys.argv = ['moe-rco', *{!r}]\n"
+    "main()\n"
+)
+
+
+def run_fault(fault: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", FAULT.format(fault, list(arguments))],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+        timeout=120,
+    )
+
+
+def test_a_fault_of_ours_asks_for_a_report() -> None:
+    result = run_fault("KeyError('a\\nb')", "validate", "x")
+    assert result.returncode == 1
+    assert "internal error: KeyError" in result.stderr
+    assert "Please report" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("how", ["option", "environment"])
+def test_debug_shows_the_traceback(how: str) -> None:
+    if how == "option":
+        result = run_fault("KeyError('x')", "validate", "x", "--debug")
+    else:
+        result = run_fault("KeyError('x')", "validate", "x", MOE_RCO_DEBUG="1")
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+
+
+def test_interrupt() -> None:
+    result = run_fault("KeyboardInterrupt", "validate", "x")
+    assert result.returncode == 130
+    assert result.stderr.strip() == "interrupted"
