@@ -69,7 +69,7 @@ class BudgetSpec(BaseModel):
         option, and the rest is slack.
         """
         unit = self._bytes_per_unit(table)
-        value = self.bytes if self.bytes is not None else (self.ratio or self.avg_bits or 0)
+        value = getattr(self, self.form)
         # Through the decimal digits: 0.35 means 35/100, not the binary float next to it.
         size = math.floor(Fraction(str(value)) * unit)
         smallest, largest = table.range[0], max(table.range[1], table.original_bytes)
@@ -82,7 +82,7 @@ class BudgetSpec(BaseModel):
         else:
             problem = "is more than the routed experts take uncompressed: nothing needs to be done"
         raise BudgetError(
-            f"budget {self._show(size, unit)} {problem}; the smallest possible is "
+            f"budget {self._figure(value, size)} {problem}; the smallest possible is "
             f"{self._show(smallest, unit, up=True)}, the largest {self._show(largest, unit)}"
         )
 
@@ -93,8 +93,10 @@ class BudgetSpec(BaseModel):
 
     def _show(self, size: int, unit: Fraction, up: bool = False) -> str:
         """Bytes in the user's own unit, rounded so that the figure shown can be typed into the recipe."""
+        scaled = Fraction(size) / unit * 10_000
+        return self._figure((math.ceil(scaled) if up else math.floor(scaled)) / 10_000, size)
+
+    def _figure(self, value: float, size: int) -> str:
         if self.bytes is not None:
             return f"{size:,} bytes ({format_size(size)})"
-        scaled = Fraction(size) / unit * 10_000
-        figure = (math.ceil(scaled) if up else math.floor(scaled)) / 10_000
-        return f"{self.form} {figure:g} ({size:,} bytes)"
+        return f"{self.form} {value:g} ({size:,} bytes)"

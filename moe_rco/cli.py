@@ -177,6 +177,8 @@ def main() -> None:
     """Entry point of the installed command."""
     if not os.environ.get(_DEBUG_VARIABLE):
         sys.excepthook = _report_fault
+    # The Hub client logs every retry; what failed is in our one-line error.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     app(prog_name="moe-rco")
 
 

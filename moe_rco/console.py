@@ -168,6 +168,7 @@ def show_summary(report: Report, console: Console | None = None) -> None:
         f"(largest logit difference {report.reload.max_logit_difference:.1e}, "
         f"tolerance {report.reload.tolerance:.0e})",
         style=None if report.reload.passed else "bold red",
+        soft_wrap=True,
     )
     console.print(f"Time: {format_duration(sum(stage.seconds for stage in report.stages))}")
     console.print(f"\nWritten to {report.output}. To use it from Python:\n", soft_wrap=True)
@@ -202,7 +203,8 @@ def show_inspect(found: Inspection, console: Console | None = None) -> None:
     bits = 8 * found.expert_bytes / found.expert_numel
     console.print(
         f"routed experts {format_size(found.expert_bytes)} ({bits:.2f} bits per original weight), "
-        f"everything else {format_size(found.other_bytes)}"
+        f"everything else {format_size(found.other_bytes)}",
+        soft_wrap=True,
     )
     if len(keys) > 1:
         console.print()

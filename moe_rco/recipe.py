@@ -133,6 +133,7 @@ class Search(_Section):
     learning_rate: float = Field(default=0.1, gt=0)
     tau_start: float = Field(default=1.0, gt=0)
     tau_end: float = Field(default=0.05, gt=0)
+    evaluate_every: int = Field(default=10, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**63)
 
 

@@ -49,7 +49,9 @@ class Job:
 
 
 def random_job(model: Path, store: Path, seed: int, options: Sequence[str] = EVERY_OPTION) -> Job:
-    """A random assignment that keeps at least as many experts as are used per token, its store, and its plan."""
+    """A random assignment that keeps at least as many experts as are used per token, its store, and its
+    plan.
+    """
     checkpoint = Checkpoint(model)
     adapter = get_adapter(checkpoint.config)
     table = table_of(checkpoint, options)

@@ -57,6 +57,8 @@ def test_a_ratio_is_meant_in_decimal_digits() -> None:
     [
         ({"bytes": 2119}, ["2,119 bytes", "smallest possible is 2,120 bytes", "largest 16,000 bytes"]),
         ({"ratio": 0.1}, ["ratio 0.1 (1,600 bytes)", "ratio 0.1325 (2,120 bytes)", "ratio 1 (16,000 bytes)"]),
+        # As written, although a third of a byte was dropped.
+        ({"ratio": 0.0001}, ["ratio 0.0001 (1 bytes)"]),
         ({"avg_bits": 1.0}, ["avg_bits 1 (1,000 bytes)", "avg_bits 2.12 (2,120", "avg_bits 16 (16,000"]),
     ],
 )

@@ -38,8 +38,8 @@ def save_tiny(
 ) -> Path:
     """Write a random model (config, shards with an index, generation settings) to `path`, and return it.
 
-    Dimensions are multiples of 64. Weights are larger than at a usual initialisation, so that every expert and
-    every routing decision is visible in the logits.
+    Dimensions are multiples of 64. Weights are larger than at a usual initialisation, so that every expert
+    and every routing decision is visible in the logits.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 

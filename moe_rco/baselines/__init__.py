@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from moe_rco.baselines.proxy import OutputErrors, output_errors, proxy
+from moe_rco.baselines.proxy import OutputErrors, Scale, output_errors, proxy
 from moe_rco.baselines.saliency import prune_lowest
 from moe_rco.baselines.uniform import uniform
 from moe_rco.calib.calibrate import Usage
 from moe_rco.types import Assignment, Budget, CostTable
 
-__all__ = ["OutputErrors", "output_errors", "proxy", "prune_lowest", "starting_points", "uniform"]
+__all__ = ["OutputErrors", "Scale", "output_errors", "proxy", "prune_lowest", "starting_points", "uniform"]
 
 
 def starting_points(table: CostTable, budget: Budget, usage: Usage) -> dict[str, Assignment]:

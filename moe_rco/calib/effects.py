@@ -131,7 +131,7 @@ def _return(state: LayerState, sums: EffectSums, tokens: Tokens, masked: torch.T
     for expert in (~state.kept).nonzero().flatten().tolist():
         r = ratio[:, expert]
         enters = (r > routing.mass[:, -1]).nonzero().flatten()
-        effect = -routing.now * r / (1 + r) if not state.renormalise else torch.zeros_like(r)
+        effect = torch.zeros_like(routing.now) if state.renormalise else -routing.now * r / (1 + r)
         if len(enters):
             last, came = routing.mass[enters, -1], r[enters]
             output = state.expert(tokens.x[enters], expert, state.bank.original)

@@ -21,7 +21,10 @@ def log_likelihood_of_samples(generator: torch.Generator) -> HeadLoss:
 
     def loss(row: int, logits: torch.Tensor) -> torch.Tensor:
         log_p = torch.log_softmax(logits, -1)
-        drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+        # By inversion of the distribution function: several times faster than torch.multinomial.
+        cumulative = log_p.detach().exp().cumsum(-1)
+        mass = cumulative[:, -1:] * torch.rand(len(cumulative), 1, generator=generator, device=logits.device)
+        drawn = torch.searchsorted(cumulative, mass, right=True).clamp_max(logits.shape[-1] - 1)
         return log_p.gather(-1, drawn).sum()
 
     return loss

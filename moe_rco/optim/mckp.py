@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_rco.errors import BudgetError, UserError
-from moe_rco.optim.mckp_core import search_core
+from moe_rco.optim.mckp_core import fill_up, search_core
 from moe_rco.optim.mckp_dual import Dual, best_at_price, solve_dual
 from moe_rco.optim.mckp_input import as_array, as_floors, as_integers, as_layers, as_mask
 
@@ -132,12 +132,29 @@ class Knapsack:
                 nearest = np.argpartition(losses, size)
                 limit, core = float(losses[nearest[size]]), candidates[nearest[:size]]
             found, picked, complete = self._search(dual, core, min(limit, loss), max_states)
+            before = loss
             if found < loss:
                 loss, choice = found, picked
-            if not complete:
-                break
-            proved, size = limit, size * 2
+            if size == _FIRST_CORE and loss > limit:
+                # A hard problem: a better start than the dual's cuts every further search short.
+                filled = self._filled(choice, dual.losses, values)
+                less = max(0.0, dual.bound - float(np.sum(values[self._rows, filled])))
+                if less < loss:
+                    loss, choice = less, filled
+            if complete:
+                proved, size = limit, size * 2
+            elif loss >= min(before, limit):
+                break  # a smaller loss to search below would have made room for another try
         return choice, loss, max(proved, tolerance)
+
+    def _filled(
+        self, choice: NDArray[np.int64], losses: NDArray[np.float64], values: NDArray[np.float64]
+    ) -> NDArray[np.int64]:
+        ranked = np.argsort(losses, axis=None, kind="stable")
+        result = choice.copy()
+        room = self._target - int(self._scaled[self._rows, choice].sum())
+        fill_up(values, self._scaled, self.allowed, ranked, result, room)
+        return result
 
     def _search(
         self, dual: Dual, core: NDArray[np.int64], limit: float, max_states: int

@@ -136,13 +136,32 @@ def _close_layer(keys, losses, parents, picks, begin, stop, surplus, keep_price,
 
 @njit(cache=True, nogil=True)
 def _thin(keys, losses, parents, picks, begin, stop, beam):
-    """Keep about `beam` states, those with the smallest losses, in their order."""
+    """Keep `beam` states, those with the smallest losses, in their order; of equal losses an even selection."""
     border = np.partition(losses[begin:stop].copy(), beam - 1)[beam - 1]
-    end = begin
+    below = (losses[begin:stop] < border).sum()
+    ties, wanted = (losses[begin:stop] == border).sum(), beam - below
+    end, tie = begin, 0
     for state in range(begin, stop):
-        if losses[state] <= border and end - begin < beam:
-            keys[end], losses[end], parents[end], picks[end] = (
-                keys[state], losses[state], parents[state], picks[state],
-            )  # fmt: skip
+        keep = losses[state] < border
+        if losses[state] == border:
+            keep = (tie * wanted) // ties != ((tie + 1) * wanted) // ties
+            tie += 1
+        if keep:
+            keys[end], losses[end] = keys[state], losses[state]
+            parents[end], picks[end] = parents[state], picks[state]
             end += 1
     return end
+
+
+@njit(cache=True, nogil=True)
+def fill_up(values, costs, allowed, ranked, choice, room):
+    """Change `choice` by the options `ranked` (flat indices) in turn where that gains value, fits into `room` and
+    drops no kept group."""
+    options = values.shape[1]
+    for flat in ranked:
+        i, k = flat // options, flat % options
+        extra = costs[i, k] - costs[i, choice[i]]
+        keeps = costs[i, k] > 0 or costs[i, choice[i]] == 0
+        if allowed[i, k] and keeps and extra <= room and values[i, k] > values[i, choice[i]]:
+            room -= extra
+            choice[i] = k

@@ -45,14 +45,18 @@ def edit_shard(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) 
     save_file(tensors, path)
 
 
+def opened(model: Path, *, experts: bool = False) -> Checkpoint:
+    checkpoint = Checkpoint(model)
+    if experts:
+        checkpoint.check_experts(get_adapter(checkpoint.config))
+    return checkpoint
+
+
 def error_of(model: Path, *, experts: bool = False) -> str:
     with pytest.raises(ModelError) as caught:
-        checkpoint = Checkpoint(model)
-        if experts:
-            checkpoint.check_experts(get_adapter(checkpoint.config))
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+        opened(model, experts=experts)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -349,7 +349,8 @@ base = Path(sys.argv[1])
 checkpoint = Checkpoint(base / "model")
 table = table_of(checkpoint, ("bf16", "int8"))
 assignment = Assignment.uniform(table, Option.parse(sys.argv[2]))
-job = Job(checkpoint, get_adapter(checkpoint.config), assignment, plan_of(assignment), Store(base / "store", "test"))
+job = Job(checkpoint, get_adapter(checkpoint.config), assignment, plan_of(assignment), Store(base / "store",
+"test"))
 
 def resident(field):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -365,7 +366,9 @@ print(resident("VmHWM") - before)
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of peak memory")
 @pytest.mark.parametrize(("option", "dtype"), [("bf16", torch.float32), ("int8", torch.bfloat16)])
 def test_memory_does_not_grow_with_the_model(tmp_path: Path, option: str, dtype: torch.dtype) -> None:
-    """Casting from float32 and copying from the store: at most a few tensors (1 MiB each in float32) at a time."""
+    """Casting from float32 and copying from the store: at most a few tensors (1 MiB each in float32) at a
+    time.
+    """
     wide = {"hidden_size": 512, "moe_intermediate_size": 512, "num_experts": 4, "head_dim": 16}
     model = save_tiny(
         "qwen3_moe", tmp_path / "model", dtype=dtype, num_hidden_layers=8, max_shard_size="20MB", **wide

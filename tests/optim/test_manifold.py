@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -101,7 +103,7 @@ def test_expected_cost_grows_along_the_cost_direction(problem):
     span = problem.costs.masked_fill(~problem.allowed, -torch.inf).amax(1, keepdim=True) - low
     direction = (problem.costs - low) / span
     costs = [manifold.expected_cost(problem.logits + t * direction) for t in (-3.0, -1.0, 0.0, 0.5, 4.0)]
-    for before, after in zip(costs, costs[1:], strict=False):
+    for before, after in itertools.pairwise(costs):
         assert bool((after > before).all())
 
 

@@ -1,0 +1,71 @@
+"""The three trained models, calibrated and quantised as `moe-rco prune` does it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_rco import recipe as recipes
+from moe_rco.calib.data import TokenPool, heldout_pool, load_tokenizer
+from moe_rco.ckpt.reader import Checkpoint
+from moe_rco.pipeline import Prepared, prepare
+from moe_rco.preflight import Sized, fetch, size
+from moe_rco.recipe import Recipe
+
+MODELS = {
+    "demo": "demo",
+    "mixtral": str(Path(__file__).parent / "models" / "mixtral"),
+    "qwen2_moe": str(Path(__file__).parent / "models" / "qwen2_moe"),
+}
+WORK = Path("out/eval")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model ready for any budget, and the held-out text of all domains.
+
+    `inputs` digests everything results depend on but the budget and the code.
+    """
+
+    name: str
+    sized: Sized
+    prepared: Prepared
+    heldout: TokenPool
+    inputs: str
+
+
+class Lines:
+    """A Progress that prints the title of each stage and nothing else."""
+
+    @contextmanager
+    def stage(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+        print(f"    {title} ({total})", flush=True)
+        yield lambda units: None
+
+
+def recipe_of(name: str, seed: int = 0, settings: Sequence[str] = ()) -> Recipe:
+    """The demo's recipe for one of `MODELS`; the seed decides calibration split, Fisher draws and noise."""
+    return recipes.load("demo", [f"model={MODELS[name]}", f"search.seed={seed}", *settings])
+
+
+def inputs_of(recipe: Recipe) -> str:
+    """Digest of the model's files, the shipped text, and everything in a recipe but its budget."""
+    directory = recipe.model_directory or Path(recipe.model)
+    rest = recipe.model_copy(update={"budget": None}).model_dump_json(exclude={"output", "model", "budget"})
+    digest = hashlib.sha256(f"{Checkpoint(directory).digest()} {rest}".encode())
+    for text in (recipes.DEMO_CALIBRATION, recipes.DEMO_HELDOUT):
+        digest.update(text.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def subject(name: str, recipe: Recipe) -> Subject:
+    """Calibrate and quantise, or take up what an earlier run with the same inputs has quantised."""
+    inputs = inputs_of(recipe)
+    sized = size(recipe)
+    checkpoint = fetch(sized)
+    prepared = prepare(sized, checkpoint, WORK / f"{name}-{inputs}", Lines())
+    heldout = heldout_pool(recipe.calibration, load_tokenizer(checkpoint.directory), prepared.pools[1])
+    return Subject(name, sized, prepared, heldout, inputs)

@@ -1,0 +1,135 @@
+"""Held-out KL of RCO and of everything it has to beat, at equal bytes, on the trained models.
+
+    python -m eval.quality
+    python -m eval.quality --models demo --ratios 0.25 --seeds 0
+    python -m eval.quality --set calibration.sequences=64 --set search.steps=4 --output out/small.md
+
+All methods choose among the same GPTQ weights of one (model, seed). The seed decides the split of the
+calibration text, the Fisher draws and the search's noise. KL(original || compressed) is over the whole
+vocabulary, on the shipped held-out text of all domains. Results are kept in a JSON file beside the table after
+every method; a rerun does only what is missing, and redoes what was made with another model or other settings.
+A change of the code is not noticed: delete the JSON file then. What was quantised is kept in out/eval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eval.prepared import MODELS, Subject, inputs_of, recipe_of, subject
+from eval.quality_table import render
+from eval.results_file import Results
+from eval.rivals import FISHER, PROXY, RCO, UNIFORM, Methods, Variants
+from moe_rco.calib.measure import LogitsOf, Scores, measure
+from moe_rco.types import Assignment, Budget, Silent
+
+SCORED = [f"{score} + {label}" for score in ("frequency", "REAP") for label in ("bf16", "int4", "best width")]
+METHODS = (UNIFORM, *SCORED, PROXY, FISHER, RCO)
+
+
+class Judge:
+    """Measures assignments of one model on the held-out text; the same one only once."""
+
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+        self._before = self._logits(None)
+        self._known: dict[bytes, Scores] = {}
+
+    def __call__(self, assignment: Assignment) -> Scores:
+        key = assignment.choice.tobytes()
+        if key not in self._known:
+            after = self._logits(assignment)
+            self._known[key] = measure(self._before, after, self._subject.heldout, Silent())
+        return self._known[key]
+
+    def _logits(self, assignment: Assignment | None) -> LogitsOf:
+        # Last hidden states are made in batches and kept; logits of all text would not fit.
+        model, pool = self._subject.prepared.model, self._subject.heldout
+        states: dict[bytes, torch.Tensor] = {}
+        for _, ids in pool.batches(16):
+            hidden = model.hidden(ids, None if assignment is None else assignment.choice)
+            states.update((row.numpy().tobytes(), h) for row, h in zip(ids, hidden, strict=True))
+        return lambda ids: model.runner.logits(states[ids[0].numpy().tobytes()])[None]
+
+
+def record_of(judge: Judge, variants: Variants, budget: Budget) -> dict[str, Any]:
+    """The variant with the lowest held-out KL, and the KL of each."""
+    scores = {name: judge(assignment) for name, assignment in variants.items()}
+    name = min(scores, key=lambda variant: scores[variant].all.kl)
+    best, assignment = scores[name], variants[name]
+    assignment.check(budget)
+    return {
+        "variant": name,
+        "kl": best.all.kl,
+        "kl_stderr": best.all.kl_stderr,
+        "loss_before": best.all.loss_before,
+        "loss_after": best.all.loss_after,
+        "domains": {score.name: score.kl for score in best.domains},
+        "variants": {variant: score.all.kl for variant, score in scores.items()},
+        "cost": assignment.cost,
+        "counts": assignment.counts(),
+    }
+
+
+def measure_model(
+    name: str, seed: int, ratios: Sequence[float], settings: Sequence[str], results: Results
+) -> None:
+    """Every method at every ratio for one model and seed."""
+    recipe = recipe_of(name, seed, settings)
+    inputs = inputs_of(recipe)
+    todo = [(r, m) for r in ratios for m in METHODS if results.get((name, r, seed, m), inputs) is None]
+    if not todo:
+        print(f"{name}, seed {seed}: nothing to do", flush=True)
+        return
+    start = time.monotonic()
+    print(f"{name}, seed {seed}: {len(todo)} results to make", flush=True)
+    prepared = subject(name, recipe)
+    judge, methods = Judge(prepared), Methods(prepared)
+    print(f"  prepared in {time.monotonic() - start:.0f} s", flush=True)
+    for ratio, method in todo:
+        start = time.monotonic()
+        at_ratio = recipe_of(name, seed, [*settings, f"budget={{ratio: {ratio}}}"])
+        budget = at_ratio.budget.resolve(prepared.sized.table)
+        variants = methods.all(budget, at_ratio)[method]()
+        chosen = time.monotonic() - start
+        record = {"model": name, "ratio": ratio, "seed": seed, "method": method, "inputs": inputs}
+        record |= {"budget": budget.bytes, "original": prepared.sized.table.original_bytes}
+        record["seconds"] = round(chosen, 1)
+        record |= record_of(judge, variants, budget) if variants else {"kl": None}
+        results.put(record)
+        kl = "does not fit" if record["kl"] is None else f"KL {record['kl']:.5f} ({record['variant']})"
+        print(f"  {ratio:.0%} {method}: {kl}, {time.monotonic() - start:.0f} s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 0.35, 0.25])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--output", type=Path, default=Path("eval/results/quality.md"))
+    arguments = parser.parse_args()
+    results = Results(arguments.output.with_suffix(".json"))
+    for name in arguments.models:
+        for seed in arguments.seeds:
+            measure_model(name, seed, arguments.ratios, arguments.settings, results)
+    records = []
+    for name, seed in itertools.product(arguments.models, arguments.seeds):
+        inputs = inputs_of(recipe_of(name, seed, arguments.settings))
+        keys = itertools.product([name], arguments.ratios, [seed], METHODS)
+        records += [record for key in keys if (record := results.get(key, inputs))]
+    table = render(records, METHODS)
+    arguments.output.write_text(table, encoding="utf-8")
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""The table of `eval.quality` in Markdown, with a verdict for every row."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from eval.rivals import FISHER, RCO
+
+Records = Sequence[dict[str, Any]]
+
+
+def render(records: Records, methods: Sequence[str]) -> str:
+    """One table per model and ratio, after a summary of them all."""
+    cases = list(dict.fromkeys((record["model"], record["ratio"]) for record in records))
+    parts = ["# Held-out KL at equal bytes\n", _INTRODUCTION, *_summary(records, cases, methods)]
+    for case in cases:
+        parts += _case(_of(records, case), *case, methods)
+    return "\n".join(parts) + "\n"
+
+
+_INTRODUCTION = """Made by `python -m eval.quality`. KL(original || compressed) in nats per token, whole
+vocabulary, shipped held-out text of all domains: mean over seeds +- standard deviation. A rival is the best of
+its variants *on the held-out text*. Every method of one (model, seed) chooses among the same GPTQ weights.
+"""
+
+
+def _of(records: Records, case: tuple[str, float], method: str | None = None) -> Records:
+    return [
+        record
+        for record in records
+        if (record["model"], record["ratio"]) == case
+        and method in (None, record["method"])
+        and record["kl"] is not None
+    ]
+
+
+def _spread(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else float("nan")
+
+
+def _summary(records: Records, cases: list[tuple[str, float]], methods: Sequence[str]) -> list[str]:
+    lines = [
+        "| model | budget | best rival | its KL | Fisher seed | RCO | RCO / rival | RCO - Fisher | verdict |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for case in cases:
+        by_method = {m: [r["kl"] for r in _of(records, case, m)] for m in methods}
+        rivals = {m: v for m, v in by_method.items() if v and m not in (FISHER, RCO)}
+        fisher, rco = by_method[FISHER], by_method[RCO]
+        if not rivals or not rco or len(rco) != len(fisher):
+            continue
+        rival = min(rivals, key=lambda m: statistics.mean(rivals[m]))
+        theirs, ours = statistics.mean(rivals[rival]), statistics.mean(rco)
+        pairs = [a - b for a, b in zip(rco, fisher, strict=True)]
+        # Two standard errors of the paired difference; with one seed there is no spread to go by.
+        noise = 2 * _spread(pairs) / len(pairs) ** 0.5 if len(pairs) > 1 else 0.0
+        verdict = "below every rival" if ours < theirs else f"LOST to {rival}"
+        verdict += "" if statistics.mean(pairs) <= noise else ", above the Fisher seed"
+        lines.append(
+            f"| {case[0]} | {case[1]:.0%} | {rival} | {theirs:.5f} | {_figure(fisher)} | {_figure(rco)} | "
+            f"{ours / theirs:.2f} | {statistics.mean(pairs):+.5f} +- {_spread(pairs):.5f} | {verdict} |"
+        )
+    return [*lines, ""]
+
+
+def _figure(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.5f} +- {_spread(values):.5f}"
+
+
+def _case(records: Records, model: str, ratio: float, methods: Sequence[str]) -> list[str]:
+    if not records:
+        return []
+    budget = records[0]["budget"]
+    lines = [
+        f"## {model} at {ratio:.0%}: {budget:,} of {records[0]['original']:,} bytes\n",
+        "| method | held-out KL | by seed | variant | written bytes | slack | choosing took |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for method in methods:
+        rows = [record for record in records if record["method"] == method]
+        if not rows:
+            lines.append(f"| {method} | does not fit | | | | | |")
+            continue
+        seeds = " ".join(f"{row['kl']:.5f}" for row in rows)
+        variants = ", ".join(dict.fromkeys(row["variant"] or "-" for row in rows))
+        cost = max(row["cost"] for row in rows)
+        slack = max(1 - row["cost"] / row["budget"] for row in rows)
+        seconds = statistics.mean(row["seconds"] for row in rows)
+        lines.append(
+            f"| {method} | {_figure([row['kl'] for row in rows])} | {seeds} | {variants} | {cost:,} | "
+            f"{slack:.3%} | {seconds:.0f} s |"
+        )
+    return [*lines, ""]

@@ -1,0 +1,38 @@
+"""Results of a long measurement, written after every one so that a rerun goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+Key = tuple[str, float, int, str]
+"""Model, ratio, seed, method."""
+
+
+class Results:
+    """Records by key in a JSON file. One made from other inputs (model, text, settings) is made again."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._records: dict[Key, dict[str, Any]] = {}
+        if path.exists():
+            for record in json.loads(path.read_text(encoding="utf-8")):
+                self._records[_key(record)] = record
+
+    def get(self, key: Key, inputs: str) -> dict[str, Any] | None:
+        record = self._records.get(key)
+        return record if record is not None and record["inputs"] == inputs else None
+
+    def put(self, record: dict[str, Any]) -> None:
+        self._records[_key(record)] = record
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._path.with_suffix(".tmp")
+        ordered = [self._records[key] for key in sorted(self._records)]
+        partial.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, self._path)
+
+
+def _key(record: dict[str, Any]) -> Key:
+    return record["model"], record["ratio"], record["seed"], record["method"]
