@@ -46,7 +46,9 @@ def _subtract_steps(a: int, b: int) -> str:
         x, y = a // 10**place % 10, b // 10**place % 10
         lend = 10 if x - y - borrow < 0 else 0
         result = x + lend - y - borrow
-        steps.append(f"{x + lend} - {y} - {borrow} = {result}." if borrow else f"{x + lend} - {y} = {result}.")
+        steps.append(
+            f"{x + lend} - {y} - {borrow} = {result}." if borrow else f"{x + lend} - {y} = {result}."
+        )
         borrow = 1 if lend else 0
     return " ".join(steps)
 
@@ -89,7 +91,9 @@ def _word_problem(rng: random.Random) -> str:
             work.append(f"{value} + {change} = {value + change}.")
             value += change
         else:
-            story.append(rng.choice((f"{name} gives {change} to {rng.choice(NAMES)}.", f"{name} loses {change}.")))
+            story.append(
+                rng.choice((f"{name} gives {change} to {rng.choice(NAMES)}.", f"{name} loses {change}."))
+            )
             work.append(f"{value} - {change} = {value - change}.")
             value -= change
     told = " ".join(story)

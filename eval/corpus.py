@@ -9,7 +9,7 @@ Gutenberg) may be added to ``DIR/prose`` as files of a chapter or so. Arithmetic
     python -m eval.corpus DIR moe_rco/demo/text
 
 selects the shipped text from the files named ``ship-*`` (in the order of a hash of the name, taking turns
-between sources) and writes ``calibration.jsonl`` and ``heldout.jsonl``, lines of
+between sources; every fourth of a source is held out) and writes ``calibration.jsonl`` and ``heldout.jsonl``, lines of
 ``{"domain": ..., "text": ...}``. Training (``eval.train_demo``) then reads every document of ``DIR`` that
 shares no passage with either file, whatever its name.
 """
@@ -20,7 +20,7 @@ import argparse
 import hashlib
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import zip_longest
 from pathlib import Path
@@ -29,7 +29,7 @@ from eval import arithmetic
 
 DOMAINS = ("prose", "technical", "code", "arithmetic")
 SHIPPED_TEXT = Path(__file__).resolve().parent.parent / "moe_rco" / "demo" / "text"
-SHIPPED_CHARS = {"prose": 270_000, "technical": 270_000, "code": 240_000, "arithmetic": 160_000}
+SHIPPED_CHARS = {"prose": 270_000, "technical": 235_000, "code": 240_000, "arithmetic": 160_000}
 SECTION = (1500, 6000)
 HELD_OUT_EVERY = 4
 TRAIN_ARITHMETIC_DOCUMENTS = 4000
@@ -64,15 +64,16 @@ def select_shipped(corpus: Path) -> dict[str, list[dict[str, str]]]:
         for path in sorted((corpus / domain).glob("ship-*.txt"), key=lambda path: _digest(path.name)):
             sources[path.name.split("-")[1]].append(path)
         turns = (path for turn in zip_longest(*sources.values()) for path in turn if path)
-        chars, seen = 0, set()
-        for place, path in enumerate(turns):
-            text = _section(path.read_text())
+        chars, seen, taken = 0, set(), Counter[str]()
+        for path in turns:
+            text, source = _section(path.read_text()), path.name.split("-")[1]
             if chars >= SHIPPED_CHARS[domain]:
                 break
             if len(text) < SECTION[0] or text in seen:
                 continue
             seen.add(text)
-            part = "heldout" if place % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else "calibration"
+            taken[source] += 1
+            part = "calibration" if taken[source] % HELD_OUT_EVERY else "heldout"
             chosen[part].append({"domain": domain, "text": text})
             chars += len(text)
     return chosen
@@ -89,7 +90,9 @@ def _words(text: str) -> list[str]:
 
 def _shingles(text: str, stride: int) -> Iterator[int]:
     words = _words(text)
-    return (hash(tuple(words[i : i + SHINGLE_WORDS])) for i in range(0, len(words) - SHINGLE_WORDS + 1, stride))
+    return (
+        hash(tuple(words[i : i + SHINGLE_WORDS])) for i in range(0, len(words) - SHINGLE_WORDS + 1, stride)
+    )
 
 
 def shared_shingles(shipped: Iterable[str]) -> frozenset[int]:
@@ -121,7 +124,9 @@ def training_documents(corpus: Path, domain: str, shipped_text: Path = SHIPPED_T
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("corpus", type=Path)
     parser.add_argument("out", type=Path)
     args = parser.parse_args()

@@ -71,10 +71,14 @@ def document_loss(model: Any, documents: list[np.ndarray]) -> float:
 @torch.inference_mode()
 def addition_accuracy(model: Any, tokenizer: Any, pairs: list[tuple[int, int]]) -> float:
     """Share of the pairs whose greedy continuation of the bare question reaches the right answer."""
-    prompts = tokenizer([arithmetic.question(a, b) for a, b in pairs], return_tensors="pt", add_special_tokens=False)
+    prompts = tokenizer(
+        [arithmetic.question(a, b) for a, b in pairs], return_tensors="pt", add_special_tokens=False
+    )
     output = model.generate(**prompts, max_new_tokens=48, do_sample=False)
     texts = tokenizer.batch_decode(output[:, prompts["input_ids"].shape[1] :])
-    right = sum(f"The answer is {a + b}." in text.split("\n")[0] for (a, b), text in zip(pairs, texts, strict=True))
+    right = sum(
+        f"The answer is {a + b}." in text.split("\n")[0] for (a, b), text in zip(pairs, texts, strict=True)
+    )
     return right / len(pairs)
 
 
@@ -82,7 +86,9 @@ def router_table(shares: dict[str, Tensor]) -> list[str]:
     """Per layer: shares over the even mix of domains, and how far each domain's own shares are from the mix's."""
     mixed = torch.stack(list(shares.values())).mean(0)
     lines = [
-        "| layer | least used expert | most used expert | " + " | ".join(f"{domain} shift" for domain in shares) + " |",
+        "| layer | least used expert | most used expert | "
+        + " | ".join(f"{domain} shift" for domain in shares)
+        + " |",
         "|---:|---:|---:|" + "---:|" * len(shares),
     ]
     for layer, row in enumerate(mixed):
@@ -124,7 +130,9 @@ def report(folder: Path, streams: dict[str, np.ndarray]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("models", type=Path, nargs="+")
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--cache", type=Path, help="folder of the training tokens (DIR/cache)")
@@ -132,8 +140,12 @@ def main() -> None:
     torch.set_num_threads(1)
     cache = args.cache or args.corpus / "cache"
     streams = {domain: np.load(cache / f"{domain}.npy") for domain in DOMAINS}
-    print("# The demo models\n\nWritten by `python -m eval.demo_health`; the shift of a domain in a layer is the")
-    print("total variation distance between its use of the experts and the use over the even mix of domains.\n")
+    print(
+        "# The demo models\n\nWritten by `python -m eval.demo_health`; the shift of a domain in a layer is the"
+    )
+    print(
+        "total variation distance between its use of the experts and the use over the even mix of domains.\n"
+    )
     for folder in args.models:
         print("\n".join(report(folder, streams)), flush=True)
 

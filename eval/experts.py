@@ -25,7 +25,9 @@ class _SortedSwiGLU(torch.autograd.Function):
     """``x`` [tokens, dim] -> the experts' outputs per token-expert pair [tokens * k, dim], token-major."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, pair_row: Tensor, sizes: list[int], gate_up: Tensor, down: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, pair_row: Tensor, sizes: list[int], gate_up: Tensor, down: Tensor
+    ) -> Tensor:
         inner, top_k = down.shape[2], pair_row.shape[0] // x.shape[0]
         rows = x.new_zeros(sum(sizes), x.shape[1])
         rows[pair_row] = x.repeat_interleave(top_k, dim=0)
@@ -85,10 +87,12 @@ def sorted_experts_forward(
 ) -> Tensor:
     """Drop-in for the ``forward`` of the SwiGLU experts of Qwen3-MoE, Qwen2-MoE and Mixtral."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden_states.dtype
-    gate_up, down = getattr(self, "gate_up_proj"), getattr(self, "down_proj")
+    gate_up, down = self.gate_up_proj, self.down_proj
+    assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
     pair_row, sizes = _rows_by_expert(top_k_index.reshape(-1), gate_up.shape[0])
     pairs = _SortedSwiGLU.apply(hidden_states.to(dtype), pair_row, sizes, gate_up.to(dtype), down.to(dtype))
-    by_token = pairs.view(*top_k_index.shape, -1)  # type: ignore[union-attr]
+    assert isinstance(pairs, Tensor)
+    by_token = pairs.view(*top_k_index.shape, -1)
     out = torch.bmm(top_k_weights.to(dtype).unsqueeze(1), by_token).squeeze(1)
     return out.to(hidden_states.dtype)
 

@@ -31,7 +31,7 @@ RUST_BOOKS = (
     "rustdoc", "unstable-book",
 )  # fmt: skip
 SKIPPED = re.compile(r"/locale/|/unicode|_data\.py|/data/|vendored|_pytest/|/licenses/")
-BLOCKS = {"p", "div", "li", "h1", "h2", "h3", "h4", "h5", "tr", "table", "ul", "ol", "dl", "dt", "dd", "section"}
+BLOCKS = set("p div li h1 h2 h3 h4 h5 tr table ul ol dl dt dd section".split())
 MIN_CHARS = 1500
 CAP_PER_PACKAGE = 2_500_000
 
@@ -50,7 +50,9 @@ class _Text(HTMLParser):
         if self.skipping:
             if tag == self.skipping[-1]:
                 self.skipping.append(tag)
-        elif tag in ("script", "style", "nav", "head", "button", "svg") or re.match("nav(header|footer)", classes):
+        elif tag in ("script", "style", "nav", "head", "button", "svg") or re.match(
+            "nav(header|footer)", classes
+        ):
             self.skipping.append(tag)
         elif tag == "pre":
             self.pre += 1
@@ -103,7 +105,9 @@ def _technical(root: Path) -> Iterator[tuple[str, str]]:
             for path in sorted(base.rglob("*.html")):
                 if path.stem not in ("print", "toc") and "2018-edition" not in path.parts:
                     name = "-".join(path.relative_to(base).with_suffix("").parts)
-                    yield f"ship-rust-{book}-{name}", html_text(path.read_text())
+                    # The prose of the Embedded Book is CC BY-SA, unlike that of the other books.
+                    prefix = "rust" if book == "embedded-book" else "ship-rust"
+                    yield f"{prefix}-{book}-{name}", html_text(path.read_text())
     for path in sorted(root.rglob("postgresql-doc-*/html/*.html")):
         yield f"ship-postgresql-{path.stem}", html_text(path.read_text())
     for base in sorted(root.rglob("html/_sources")):
@@ -129,7 +133,9 @@ def hash_key(name: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("unpacked", type=Path)
     parser.add_argument("corpus", type=Path)
     args = parser.parse_args()

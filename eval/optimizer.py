@@ -27,8 +27,18 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float, weight_decay: float) -> None:
+    """``paired`` are the parameters that hold two matrices one above the other: stacked gate and up projections."""
+
+    def __init__(
+        self,
+        params: list[nn.Parameter],
+        paired: set[nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.1,
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.paired = paired
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -38,8 +48,7 @@ class Muon(torch.optim.Optimizer):
                 buffer = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
                 buffer.lerp_(grad, 1 - group["momentum"])
                 update = grad.lerp(buffer, group["momentum"])
-                # A stacked gate_up_proj is [experts, 2 * inner, dim]: two matrices an expert.
-                rows = parameter.shape[-2] // (2 if getattr(parameter, "is_gate_up", False) else 1)
+                rows = parameter.shape[-2] // (2 if parameter in self.paired else 1)
                 update = orthogonalize(update.reshape(-1, rows, parameter.shape[-1])).view_as(parameter)
                 scale = max(1.0, rows / parameter.shape[-1]) ** 0.5
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
@@ -48,9 +57,8 @@ class Muon(torch.optim.Optimizer):
 
 def build_optimizers(model: nn.Module, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
     matrices, embeddings, others = [], [], []
+    paired = {parameter for name, parameter in model.named_parameters() if name.endswith("gate_up_proj")}
     for name, parameter in model.named_parameters():
-        if name.endswith("gate_up_proj"):
-            setattr(parameter, "is_gate_up", True)
         if "embed" in name or "lm_head" in name:
             embeddings.append(parameter)
         elif parameter.ndim < 2 or "gate.weight" in name:
@@ -63,4 +71,4 @@ def build_optimizers(model: nn.Module, muon_lr: float, adam_lr: float) -> list[t
         betas=(0.9, 0.95),
         fused=True,
     )
-    return [Muon(matrices, muon_lr, momentum=0.95, weight_decay=0.1), adam]
+    return [Muon(matrices, paired, muon_lr), adam]

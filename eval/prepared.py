@@ -25,16 +25,12 @@ WORK = Path("out/eval")
 
 @dataclass(frozen=True)
 class Subject:
-    """A model ready for any budget, and the held-out text of all domains.
-
-    `inputs` digests everything results depend on but the budget and the code.
-    """
+    """A model ready for any budget, and the held-out text of all domains."""
 
     name: str
     sized: Sized
     prepared: Prepared
     heldout: TokenPool
-    inputs: str
 
 
 class Lines:
@@ -61,11 +57,20 @@ def inputs_of(recipe: Recipe) -> str:
     return digest.hexdigest()[:16]
 
 
+def work_directory(name: str, recipe: Recipe) -> Path:
+    """Where what is quantised for a recipe is kept."""
+    return WORK / f"{name}-{inputs_of(recipe)}"
+
+
+def store_directory(name: str, recipe: Recipe) -> Path:
+    """The store of quantised experts in it."""
+    return work_directory(name, recipe) / "store"
+
+
 def subject(name: str, recipe: Recipe) -> Subject:
     """Calibrate and quantise, or take up what an earlier run with the same inputs has quantised."""
-    inputs = inputs_of(recipe)
     sized = size(recipe)
     checkpoint = fetch(sized)
-    prepared = prepare(sized, checkpoint, WORK / f"{name}-{inputs}", Lines())
+    prepared = prepare(sized, checkpoint, work_directory(name, recipe), Lines())
     heldout = heldout_pool(recipe.calibration, load_tokenizer(checkpoint.directory), prepared.pools[1])
-    return Subject(name, sized, prepared, heldout, inputs)
+    return Subject(name, sized, prepared, heldout)

@@ -6,9 +6,9 @@
 
 All methods choose among the same GPTQ weights of one (model, seed). The seed decides the split of the
 calibration text, the Fisher draws and the search's noise. KL(original || compressed) is over the whole
-vocabulary, on the shipped held-out text of all domains. Results are kept in a JSON file beside the table after
-every method; a rerun does only what is missing, and redoes what was made with another model or other settings.
-A change of the code is not noticed: delete the JSON file then. What was quantised is kept in out/eval.
+vocabulary, on the shipped held-out text of all domains. Results are kept in a JSON file beside the table
+after every method; a rerun does only what is missing, and redoes what was made with another model or other
+settings. A change of the code is not noticed: delete the JSON file then. What was quantised stays in out/eval.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ def render(records: Records, methods: Sequence[str]) -> str:
 
 
 _INTRODUCTION = """Made by `python -m eval.quality`. KL(original || compressed) in nats per token, whole
-vocabulary, shipped held-out text of all domains: mean over seeds +- standard deviation. A rival is the best of
-its variants *on the held-out text*. Every method of one (model, seed) chooses among the same GPTQ weights.
+vocabulary, shipped held-out text of all domains: mean over seeds +- standard deviation. A rival is the best
+of its variants *on the held-out text*. Every method of one (model, seed) chooses among the same GPTQ weights.
 """
 
 

@@ -78,7 +78,9 @@ class Trainer:
     def _keep_routing(self, module: nn.Module, inputs: Any, output: tuple[Tensor, ...]) -> None:
         self.routed.append((output[0], output[2]))
 
-    def train_step(self, progress: float, length: int, batch_tokens: int = BATCH_TOKENS) -> tuple[float, float]:
+    def train_step(
+        self, progress: float, length: int, batch_tokens: int = BATCH_TOKENS
+    ) -> tuple[float, float]:
         """One update; returns the language-modelling loss and the balance loss."""
         tokens = self.batches.draw(self.step, batch_tokens // length, length)
         self.routed.clear()
@@ -115,7 +117,9 @@ class Trainer:
             optimizer.load_state_dict(saved)
         self.step, self.elapsed = state["step"], state["elapsed"]
 
-    def run(self, steps: int, minutes: float, length: int, every: int, checkpoint: Callable[[], None]) -> None:
+    def run(
+        self, steps: int, minutes: float, length: int, every: int, checkpoint: Callable[[], None]
+    ) -> None:
         started, begun = time.time(), self.elapsed
         while True:
             self.elapsed = begun + time.time() - started
@@ -141,7 +145,9 @@ def export(model: Any, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     copy.load_state_dict(model.state_dict())
     copy.to(torch.bfloat16)
     copy.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     fresh, old = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -154,7 +160,9 @@ def export(model: Any, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--corpus", type=Path, required=True, help="folder written by eval.gather")
     parser.add_argument("--model", choices=("qwen3_moe", "mixtral", "qwen2_moe"), required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder of the exported model")

@@ -30,9 +30,11 @@ from moe_rco.calib.search import Chosen, rco
 from moe_rco.ckpt.destination import check_destination, publish
 from moe_rco.ckpt.reader import Checkpoint
 from moe_rco.ckpt.rewrite import rewrite
+from moe_rco.ckpt.state import SavedState
 from moe_rco.ckpt.store import Store
 from moe_rco.errors import MoeRcoError
 from moe_rco.plan import Plan
+from moe_rco.plan import costs_digest as plan_costs
 from moe_rco.recipe import Recipe
 from moe_rco.report import Preflight, Reload, Report
 from moe_rco.reporting import build_report
@@ -78,7 +80,8 @@ def prune(recipe: Recipe, *, progress: Progress | None = None, overwrite: bool =
     output = Path(recipe.output)
     work = output.with_name(output.name + ".work")
     prepared = prepare(sized, checkpoint, work, clock)
-    chosen = choose(prepared, sized.budget, recipe, clock)
+    inputs = f"{prepared.store.fingerprint} {recipe.digest()}"
+    chosen = choose(prepared, sized.budget, recipe, clock, SavedState(work / "search.safetensors", inputs))
     assignment = chosen.best.assignment
     plan = Plan.from_assignment(
         assignment,
@@ -89,7 +92,15 @@ def prune(recipe: Recipe, *, progress: Progress | None = None, overwrite: bool =
     )
     staged = work / "checkpoint"
     written = rewrite(
-        checkpoint, sized.adapter, assignment, plan, prepared.store, staged, recipe.to_yaml(), overwrite=True, progress=clock
+        checkpoint,
+        sized.adapter,
+        assignment,
+        plan,
+        prepared.store,
+        staged,
+        recipe.to_yaml(),
+        overwrite=True,
+        progress=clock,
     )
     heldout = heldout_pool(recipe.calibration, load_tokenizer(checkpoint.directory), prepared.pools[1])
     reload, scores = verify(prepared, assignment, staged, heldout, clock)
@@ -119,16 +130,34 @@ def prepare(sized: checks.Sized, checkpoint: Checkpoint, work: Path, progress: P
     original = AssignedModel(runner, sized.adapter, checkpoint.config, bank)
     calibrated = calibrate(original, store, pools, recipe.quantizer.method, progress)
     model = AssignedModel(runner, sized.adapter, checkpoint.config, bank, store)
-    effects = fisher_effects(model, pools[0], recipe.search.seed, progress)
+    # The options decide the table's columns; the rest of what the effects depend on is in the store's fingerprint.
+    saved = SavedState(
+        work / "effects.safetensors", f"{store.fingerprint} {plan_costs(sized.table)} {recipe.search.seed}"
+    )
+    state = saved.load()
+    effects = (
+        state["effects"].numpy() if state else fisher_effects(model, pools[0], recipe.search.seed, progress)
+    )
+    saved.save({"effects": torch.from_numpy(effects)})
     return Prepared(checkpoint, model, store, pools, calibrated, effects)
 
 
-def choose(prepared: Prepared, budget: Budget, recipe: Recipe, progress: Progress) -> Chosen:
+def choose(
+    prepared: Prepared, budget: Budget, recipe: Recipe, progress: Progress, resume: SavedState | None = None
+) -> Chosen:
     """Search for the best assignment within a budget; simple methods' assignments take part as candidates."""
     candidates = starting_points(prepared.model.table, budget, prepared.calibrated.usage)
     references = (prepared.calibrated.train, prepared.calibrated.kept_out)
     return rco(
-        prepared.model, budget, prepared.effects, prepared.pools, references, recipe.search, candidates, progress
+        prepared.model,
+        budget,
+        prepared.effects,
+        prepared.pools,
+        references,
+        recipe.search,
+        candidates,
+        progress,
+        resume,
     )
 
 
@@ -168,7 +197,8 @@ def load_model(directory: Path, device: torch.device, dtype: torch.dtype) -> Any
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+        return model.to(device).eval()
     finally:
         if bars:
             transformers_logging.enable_progress_bar()

@@ -43,7 +43,9 @@ def size(recipe: Recipe) -> Sized:
     groups = adapter.groups(config)
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     if dtype not in _SOURCE_BYTES:
-        raise ModelError(f"config.json says dtype '{dtype}'; only float32, float16 and bfloat16 models can be compressed")
+        raise ModelError(
+            f"config.json says dtype '{dtype}'; only float32, float16 and bfloat16 models can be compressed"
+        )
     original = sum(group.numel for group in groups) * _SOURCE_BYTES[dtype]
     table = cost_table(groups, recipe.options, adapter.top_k(config), original)
     return Sized(recipe, config, adapter, table, recipe.budget.resolve(table))
@@ -56,7 +58,9 @@ def resolve_device(recipe: Recipe) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"execution.device is {name}, but {torch.cuda.device_count()} CUDA devices are visible")
+        raise UserError(
+            f"execution.device is {name}, but {torch.cuda.device_count()} CUDA devices are visible"
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("execution.device is mps, but there is no such device here")
     return device

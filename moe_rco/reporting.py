@@ -50,7 +50,9 @@ def build_report(
     slack = budget.bytes - written.expert_bytes
     return Report(
         version=__version__,
-        software=Software(python=platform.python_version(), packages={name: version(name) for name in PACKAGES}),
+        software=Software(
+            python=platform.python_version(), packages={name: version(name) for name in PACKAGES}
+        ),
         model=recipe.model,
         model_digest=model_digest,
         family=sized.adapter.model_type,

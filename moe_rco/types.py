@@ -39,7 +39,11 @@ class Option:
         match = _OPTION.fullmatch(text)
         if match and int(match[1]) in QUANTIZED_BITS and (match[2] is None or int(match[2]) > 0):
             return cls(int(match[1]), int(match[2]) if match[2] else None)
-        known = ["prune", "bf16", *(f"int{b}{g}" for b in QUANTIZED_BITS for g in ("", "-g32", "-g64", "-g128"))]
+        known = [
+            "prune",
+            "bf16",
+            *(f"int{b}{g}" for b in QUANTIZED_BITS for g in ("", "-g32", "-g64", "-g128")),
+        ]
         near = difflib.get_close_matches(text, known, 1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise RecipeError(

@@ -87,6 +87,7 @@ def test_map_of_many_experts_wraps_inside_the_window(width: int) -> None:
     assert max(map(len, lines)) <= width
     rows = [line for line in lines[1:] if set(line[7:].replace(" ", "")) <= set(".48F") and line.strip()]
     assert "".join(row[7:] for row in rows).replace(" ", "") == ".48F" * 33 * 2
+    assert len(rows) == 2 or width < 140
     assert sum(row.strip().startswith(("7 ", "47 ")) for row in rows) == 2
 
 

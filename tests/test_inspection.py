@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,14 @@ def test_init_without_a_group_size_that_divides(tmp_path: Path) -> None:
     assert [option.name for option in parse(text).options] == ["prune", "int4", "int8", "bf16"]
     assert parse(text).model == str(directory)
     assert "divides 64 and 40" in text
+
+
+def test_an_original_model_without_an_expert_its_config_promises(tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "copy")
+    path = tmp_path / "copy" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_local_experts": 9}))
+    with pytest.raises(ModelError, match=r"no tensor model\.layers\.0\.mlp\.experts\.8"):
+        inspect(tmp_path / "copy")
 
 
 def test_not_a_model(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from moe_rco import recipe as recipes
@@ -94,6 +94,7 @@ REFUSED = [
     ("[prune, int4-g64, int8-g64, bf16]", "prune", ["r.yaml:3: options: must be a list, not 'prune'"]),
     ("[prune, int4-g64, int8-g64, bf16]", "[prune]", ["options: at least one option must keep an expert"]),
     ("output:", "layout: stock\noutput:", ["r.yaml:7: layout: 'stock' is not available in this version"]),
+    ("output:", "layout:\n\n    stock\noutput:", ["r.yaml:7: layout: 'stock' is not available"]),
     ("output:", "layout: mixd\noutput:", ["layout: must be 'mixed', not 'mixd'; did you mean 'mixed'?"]),
     ("output:", "execution: {mode: streaming}\noutput:", ["'streaming' is not available in this version"]),
     ("output:", "execution: {device: gpu}\noutput:", ["execution.device: must be auto, cpu", "not 'gpu'"]),
@@ -190,6 +191,7 @@ def test_overrides_change_any_key() -> None:
         ("search={steps: 1, steps: 2}", "this key stands twice"),
         ("search=[", "--set search=["),
         ("budget={ratio: 0.1, bytes: 5}", "budget: two budget forms, 'bytes' and 'ratio'"),
+        ("calibration={data: 3}", "--set calibration={data: 3}: calibration.data: must be a list, not 3"),
         ("output=35", "--set output=35: output: must be a valid string, not 35"),
     ],
 )
@@ -235,6 +237,8 @@ def test_digest_covers_what_decides_the_result_and_nothing_else() -> None:
     st.floats(1e-9, 1.0),
     st.integers(0, 2**63 - 1),
 )
+@example("1e-3", 0.5, 0)
+@example("no", 1e-5, 0)
 def test_yaml_round_trip(text: str, ratio: float, seed: int) -> None:
     data = parse(MINIMAL).model_dump(mode="json", exclude_none=True)
     data |= {"model": text, "budget": {"ratio": ratio}, "search": {"seed": seed, "learning_rate": ratio}}

@@ -25,10 +25,14 @@ def get_adapter(config: Config) -> Adapter:
     adapter = FAMILIES[model_type]
     named = config.get("architectures") or [adapter.architecture]
     if adapter.architecture not in named:
-        raise ModelError(f"architecture {named[0]} in config.json is not supported; expected {adapter.architecture}")
+        raise ModelError(
+            f"architecture {named[0]} in config.json is not supported; expected {adapter.architecture}"
+        )
     top_k, experts = adapter.top_k(config), adapter.num_experts(config)
     if not 1 <= top_k <= experts:
-        raise ModelError(f"config.json routes each token to {top_k} of {experts} experts; num_experts_per_tok is wrong")
+        raise ModelError(
+            f"config.json routes each token to {top_k} of {experts} experts; num_experts_per_tok is wrong"
+        )
     if not adapter.moe_layers(config):
         raise ModelError("config.json describes no MoE layer (see mlp_only_layers and decoder_sparse_step)")
     return adapter

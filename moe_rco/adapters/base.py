@@ -24,7 +24,9 @@ Config = Mapping[str, Any]
 def get_field(config: Config, key: str) -> Any:
     """A required entry of config.json. Raises ModelError naming the key."""
     if config.get(key) is None:
-        raise ModelError(f"config.json of this {config.get('model_type')} model has no '{key}'; is the file complete?")
+        raise ModelError(
+            f"config.json of this {config.get('model_type')} model has no '{key}'; is the file complete?"
+        )
     return config[key]
 
 

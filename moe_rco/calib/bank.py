@@ -50,11 +50,18 @@ class OptionBank:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, adapter: Adapter, table: CostTable, device: torch.device, dtype: torch.dtype
+        self,
+        checkpoint: Checkpoint,
+        adapter: Adapter,
+        table: CostTable,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         self.table, self.device, self.dtype = table, device, dtype
         self._checkpoint, self._adapter = checkpoint, adapter
-        self._activation: Callable[[torch.Tensor], torch.Tensor] = ACT2FN[checkpoint.config.get("hidden_act", "silu")]
+        self._activation: Callable[[torch.Tensor], torch.Tensor] = ACT2FN[
+            checkpoint.config.get("hidden_act", "silu")
+        ]
         self._originals: dict[int, Stacked] = {}
         self._layers: dict[int, LayerBank] = {}
 
@@ -89,7 +96,9 @@ class OptionBank:
 
         def weight(name: str) -> torch.Tensor:
             prefix = name.removesuffix("weight")
-            tensors = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
+            tensors = {
+                key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)
+            }
             return dequantize(tensors, option)
 
         return self._join(layer, weight)
@@ -97,7 +106,9 @@ class OptionBank:
     def _join(self, layer: int, read: Callable[[str], torch.Tensor]) -> Stacked:
         gate_up, down = [], []
         for row in self.table.rows(layer):
-            gate, up, out = (read(weight.name).to(self.device, self.dtype) for weight in self.table.groups[row].weights)
+            gate, up, out = (
+                read(weight.name).to(self.device, self.dtype) for weight in self.table.groups[row].weights
+            )
             gate_up.append(torch.cat([gate, up]))
             down.append(out)
         return torch.stack(gate_up), torch.stack(down)

@@ -12,17 +12,16 @@ import torch
 from torch.nn import functional as F
 
 from moe_rco.adapters import route
-from moe_rco.calib.bank import LayerBank, OptionBank
+from moe_rco.calib.bank import LayerBank
 from moe_rco.calib.data import TokenPool
 from moe_rco.calib.dispatch import by_expert
 from moe_rco.calib.objective import AssignedModel
 from moe_rco.calib.reference import Reference
-from moe_rco.calib.runner import Runner
 from moe_rco.ckpt.store import Store
+from moe_rco.quant.errors import output_error
 from moe_rco.quant.gptq import quantize_gptq
 from moe_rco.quant.grid import Quantized
 from moe_rco.quant.hessian import HessianAccumulator, shrink
-from moe_rco.quant.errors import output_error
 from moe_rco.quant.packing import pack
 from moe_rco.quant.rtn import quantize_rtn
 from moe_rco.types import CostTable, Option, Progress
@@ -103,7 +102,9 @@ def calibrate(
             observer = None
             if index in runner.moe_layers:
                 missing = [o for o in bank.table.options if o.is_quantized and not store.has(index, o)]
-                observer = _Observer(bank.original(index), model.top_k, model.renormalise, method == "gptq" and bool(missing))
+                observer = _Observer(
+                    bank.original(index), model.top_k, model.renormalise, method == "gptq" and bool(missing)
+                )
             for number, (pool, _) in enumerate(batches):
                 if observer is not None:
                     observer.recording = pool is pools[0]
@@ -114,9 +115,7 @@ def calibrate(
                 usage.counts[index] = observer.counts
                 usage.saliency[index] = observer.saliency / observer.counts.clamp_min(1)
                 _quantise(index, observer, missing, bank.table, store)
-    references = [
-        Reference.empty(len(pool), pool.ids.shape[1], runner.vocab_size) for pool in pools
-    ]
+    references = [Reference.empty(len(pool), pool.ids.shape[1], runner.vocab_size) for pool in pools]
     for (pool, part), h in zip(batches, hidden, strict=True):
         references[0 if pool is pools[0] else 1].fill(part, h, runner.logits)
     return Calibrated(references[0], references[1], usage)
@@ -151,7 +150,9 @@ def _quantise(layer: int, observer: _Observer, options: list[Option], table: Cos
         store.write(layer, option, _tensors(layer, chosen, option, table))
 
 
-def _relative_error(weights: list[torch.Tensor], quantized: list[Quantized], hessians: list[torch.Tensor]) -> float:
+def _relative_error(
+    weights: list[torch.Tensor], quantized: list[Quantized], hessians: list[torch.Tensor]
+) -> float:
     """Squared output error of a layer's matrices on the calibration tokens, relative to the outputs' own squares."""
     lost = total = 0.0
     for weight, rounded, hessian in zip(weights, quantized, hessians, strict=True):
@@ -160,12 +161,18 @@ def _relative_error(weights: list[torch.Tensor], quantized: list[Quantized], hes
     return lost / max(total, 1e-300)
 
 
-def _tensors(layer: int, quantized: list[Quantized], option: Option, table: CostTable) -> dict[str, torch.Tensor]:
+def _tensors(
+    layer: int, quantized: list[Quantized], option: Option, table: CostTable
+) -> dict[str, torch.Tensor]:
     """A layer's quantised experts as they are written: gate and up apart, one set of tensors per expert."""
     joined, down = quantized
     half = joined.codes.shape[1] // 2
     parts = [
-        Quantized(joined.codes[:, rows], joined.scale[:, rows], None if joined.zero is None else joined.zero[:, rows])
+        Quantized(
+            joined.codes[:, rows],
+            joined.scale[:, rows],
+            None if joined.zero is None else joined.zero[:, rows],
+        )
         for rows in (slice(0, half), slice(half, None))
     ]
     tensors: dict[str, torch.Tensor] = {}

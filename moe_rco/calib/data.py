@@ -106,11 +106,13 @@ def _document(row: Any, text_field: str, name: str, where: str) -> Document:
 
 
 def _load(name: str, **options: Any) -> Any:
-    import datasets
+    # Imported late: only calibration data from the Hub or in Parquet needs it.
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     try:
-        return datasets.load_dataset(name, split="train", **options)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        return load_dataset(name, split="train", **options)
+    except (OSError, ValueError, DatasetsError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
             f"calibration data '{name}' could not be loaded ({reason}); name a local .jsonl, .parquet or .txt file "
@@ -124,7 +126,9 @@ def load_tokenizer(directory: Path) -> Any:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{directory}: no usable tokenizer ({reason}); copy the model's tokenizer files there") from error
+        raise ModelError(
+            f"{directory}: no usable tokenizer ({reason}); copy the model's tokenizer files there"
+        ) from error
 
 
 def check_sources(calibration: Calibration) -> None:
@@ -134,7 +138,9 @@ def check_sources(calibration: Calibration) -> None:
             raise DataError(f"calibration data {source.data} has no text in it")
 
 
-def make_pools(calibration: Calibration, tokenizer: Any, vocab_size: int, seed: int) -> tuple[TokenPool, TokenPool]:
+def make_pools(
+    calibration: Calibration, tokenizer: Any, vocab_size: int, seed: int
+) -> tuple[TokenPool, TokenPool]:
     """The sequences for gradients and those kept out, disjoint in documents.
 
     Each source gives a share of `calibration.sequences` by its weight, and each domain of a source the same fraction of
@@ -145,7 +151,9 @@ def make_pools(calibration: Calibration, tokenizer: Any, vocab_size: int, seed: 
     kept_out: list[tuple[str, np.ndarray]] = []
     for source in calibration.data:
         wanted = max(2, round(calibration.sequences * source.weight / total))
-        for part, rows in zip((train, kept_out), _pool(source, calibration, tokenizer, wanted, seed), strict=True):
+        for part, rows in zip(
+            (train, kept_out), _pool(source, calibration, tokenizer, wanted, seed), strict=True
+        ):
             part.extend(rows)
     if not train or not kept_out:
         raise DataError(
@@ -155,7 +163,9 @@ def make_pools(calibration: Calibration, tokenizer: Any, vocab_size: int, seed: 
         )
     largest = max(int(row.max()) for _, row in train + kept_out)
     if largest >= vocab_size:
-        raise DataError(f"the tokenizer gives token {largest}, but the model's vocabulary has {vocab_size} entries")
+        raise DataError(
+            f"the tokenizer gives token {largest}, but the model's vocabulary has {vocab_size} entries"
+        )
     return _stack(train, seed), _stack(kept_out, seed)
 
 
@@ -164,7 +174,10 @@ def _pool(
 ) -> tuple[list[tuple[str, np.ndarray]], list[tuple[str, np.ndarray]]]:
     length = calibration.sequence_length
     documents: dict[str, list[np.ndarray]] = {}
-    tokens, ahead = 0, 2 * wanted * length  # read ahead of need, so that the sample is not only a stream's first lines
+    tokens, ahead = (
+        0,
+        2 * wanted * length,
+    )  # read ahead of need, so that the sample is not only a stream's first lines
     for document in read_documents(source, calibration.text_field):
         if not document.text.strip():
             continue
@@ -202,7 +215,9 @@ def heldout_pool(calibration: Calibration, tokenizer: Any, kept_out: TokenPool) 
     rows: dict[str, list[np.ndarray]] = {}
     for document in _jsonl(DEMO_HELDOUT, "text"):
         rows.setdefault(document.domain, []).append(tokenize(tokenizer, document.text))
-    cut = [(name, row) for name in sorted(rows) for row in cut_sequences(rows[name], calibration.sequence_length)]
+    cut = [
+        (name, row) for name in sorted(rows) for row in cut_sequences(rows[name], calibration.sequence_length)
+    ]
     if not cut:
         return kept_out
     return TokenPool(torch.from_numpy(np.stack([row for _, row in cut])), tuple(name for name, _ in cut))

@@ -122,7 +122,9 @@ def _remove(state: LayerState, sums: EffectSums, tokens: Tokens, routing: _Routi
         sums.squared[:, prune] += elsewhere.square().sum(0)
 
 
-def _return(state: LayerState, sums: EffectSums, tokens: Tokens, masked: torch.Tensor, routing: _Routing) -> None:
+def _return(
+    state: LayerState, sums: EffectSums, tokens: Tokens, masked: torch.Tensor, routing: _Routing
+) -> None:
     """A pruned expert comes back: where it beats the last chosen one it takes its place.
 
     Its own quantisation error is left out here (the curvature term has it), so all of its options share one effect.

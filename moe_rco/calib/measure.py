@@ -13,7 +13,7 @@ from moe_rco.calib.data import TokenPool
 from moe_rco.types import Progress
 
 LogitsOf = Callable[[torch.Tensor], torch.Tensor]
-"""ids [1, S] to logits [1, S, V]."""
+"""ids [B, S] to logits [B, S, V]."""
 
 
 @dataclass(frozen=True)
@@ -40,22 +40,22 @@ class Scores:
 
 
 @torch.no_grad()
-def measure(before: LogitsOf, after: LogitsOf, pool: TokenPool, progress: Progress) -> Scores:
-    """Compare two models on every sequence of a pool."""
-    rows = np.zeros((len(pool), 3))
+def measure(before: LogitsOf, after: LogitsOf, pool: TokenPool, progress: Progress, batch: int = 4) -> Scores:
+    """Compare two models on every sequence of a pool, `batch` at a time (whole-vocabulary logits of both are held)."""
+    rows: list[list[float]] = []
     with progress.stage("measure on held-out text", len(pool)) as advance:
-        for row in range(len(pool)):
-            ids = pool.ids[row : row + 1]
-            log_p, log_q = (torch.log_softmax(logits(ids)[0].float(), -1) for logits in (before, after))
-            target = ids[0, 1:, None].to(log_p.device)
-            kl = (log_p.exp() * (log_p - log_q)).sum(-1).double().mean()
-            losses = (-log[:-1].gather(-1, target).double().mean() for log in (log_p, log_q))
-            rows[row] = [*(float(loss) for loss in losses), float(kl)]
-            advance(1)
+        for _, ids in pool.batches(batch):
+            log_p, log_q = (torch.log_softmax(logits(ids).float(), -1) for logits in (before, after))
+            target = ids[:, 1:, None].to(log_p.device)
+            kl = (log_p.exp() * (log_p - log_q)).sum(-1).double().mean(-1)
+            losses = (-log[:, :-1].gather(-1, target)[..., 0].double().mean(-1) for log in (log_p, log_q))
+            rows.extend(torch.stack([*losses, kl], dim=1).tolist())
+            advance(len(ids))
+    table = np.array(rows)
     length = pool.ids.shape[1]
     domains = np.array(pool.domains)
-    scores = (_score(name, rows[domains == name], length) for name in sorted(set(pool.domains)))
-    return Scores(tuple(scores), _score("all", rows, length))
+    scores = (_score(name, table[domains == name], length) for name in sorted(set(pool.domains)))
+    return Scores(tuple(scores), _score("all", table, length))
 
 
 def _score(name: str, rows: np.ndarray, length: int) -> Score:

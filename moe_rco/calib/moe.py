@@ -58,7 +58,12 @@ class LayerState:
 class _Routed(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, logits: torch.Tensor, state: LayerState
+        ctx: Any,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        ids: torch.Tensor,
+        logits: torch.Tensor,
+        state: LayerState,
     ) -> torch.Tensor:
         y, saved = torch.zeros_like(x), []
         for expert, (token, slot) in enumerate(by_expert(ids, len(state.choice))):

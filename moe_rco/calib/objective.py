@@ -50,7 +50,9 @@ class AssignedModel:
         states = {}
         for layer in self.table.layers:
             bank, rows = self.layer_bank(layer), self.table.rows(layer)
-            options = [bank.original] * len(rows) if choice is None else [int(option) for option in choice[rows]]
+            options = (
+                [bank.original] * len(rows) if choice is None else [int(option) for option in choice[rows]]
+            )
             sums = EffectSums.zeros(len(rows), len(self.table.options)) if observe else None
             states[layer] = LayerState(bank, tuple(options), self.top_k, self.renormalise, sums, stride)
         return states

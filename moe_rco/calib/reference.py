@@ -32,7 +32,11 @@ class Reference:
         """Take in the last hidden states h [B, S, H] of some sequences."""
         for row, states in zip(range(part.start, part.start + len(h)), h, strict=True):
             log_p, ids = torch.topk(torch.log_softmax(logits(states), -1), self.ids.shape[-1], dim=-1)
-            self.ids[row], self.log_p[row], self.log_rest[row] = ids.int().cpu(), log_p.cpu(), log_remainder(log_p).cpu()
+            self.ids[row], self.log_p[row], self.log_rest[row] = (
+                ids.int().cpu(),
+                log_p.cpu(),
+                log_remainder(log_p).cpu(),
+            )
 
     def of(self, rows: slice | torch.Tensor, device: torch.device) -> Reference:
         """Some sequences' part, on a device."""

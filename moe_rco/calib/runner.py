@@ -47,15 +47,21 @@ class Runner:
     Weights are read from the checkpoint on construction, in `dtype`, to `device`. Raises ModelError when one is missing.
     """
 
-    def __init__(self, checkpoint: Checkpoint, adapter: Adapter, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, adapter: Adapter, device: torch.device, dtype: torch.dtype
+    ) -> None:
         self.adapter, self.device, self.dtype = adapter, device, dtype
         self.config: Any = AutoConfig.from_pretrained(checkpoint.directory)
         # Families that mix kinds of attention list them; the others are all sliding or all full.
-        kind = "full_attention" if getattr(self.config, "sliding_window", None) is None else "sliding_attention"
+        kind = (
+            "full_attention" if getattr(self.config, "sliding_window", None) is None else "sliding_attention"
+        )
         self._attention = getattr(self.config, "layer_types", None) or [kind] * self.config.num_hidden_layers
         self.moe_layers = frozenset(adapter.moe_layers(checkpoint.config))
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(self.config, dtype=dtype, attn_implementation="sdpa")
+            model: Any = AutoModelForCausalLM.from_config(
+                self.config, dtype=dtype, attn_implementation="sdpa"
+            )
         decoder = model.model
         for layer in self.moe_layers:
             decoder.layers[layer].mlp.experts = nn.Identity()
@@ -90,7 +96,11 @@ class Runner:
         position_ids = torch.arange(ids.shape[1], device=self.device)[None]
         masks = {
             kind: MASKS[kind](
-                config=self.config, inputs_embeds=h, attention_mask=None, past_key_values=None, position_ids=position_ids
+                config=self.config,
+                inputs_embeds=h,
+                attention_mask=None,
+                past_key_values=None,
+                position_ids=position_ids,
             )
             for kind in set(self._attention)
         }

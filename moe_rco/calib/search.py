@@ -1,8 +1,8 @@
 """The search for an assignment: RCO on the model's own loss, started from the Fisher seed.
 
-Every sample is run as the deployed model. Its gradient estimate is the first-order effect of each move in output space, plus
-the curvature the first order does not see: moving group i from option j to k adds the new option's own error q_ik and, because the
-linear term promises twice what undoing the old one's gives, q_ij.
+Every sample is run as the deployed model. Its gradient estimate is the first-order effect of each move in output space,
+plus the curvature the first order does not see: moving group i from option j to k adds the new option's own error q_ik and,
+because the linear term promises twice what undoing the old one's gives, q_ij.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -36,6 +36,14 @@ def seed_logits(q: np.ndarray, seed: Assignment) -> torch.Tensor:
     """-q / T with T the mean predicted loss of the seed's options: differences that matter are of order one."""
     temperature = q[np.arange(len(q)), seed.choice].mean()
     return torch.from_numpy(-q / max(temperature, 1e-12))
+
+
+class Resume(Protocol):
+    """Where an interrupted search is kept."""
+
+    def load(self) -> dict[str, Any] | None: ...
+
+    def save(self, values: Mapping[str, Any]) -> None: ...
 
 
 class SampledLoss:
@@ -135,6 +143,7 @@ def rco(
     search: Search,
     candidates: Mapping[str, Assignment],
     progress: Progress,
+    resume: Resume | None = None,
 ) -> Chosen:
     """The best assignment found; on the kept-out sequences never worse than the Fisher seed or any candidate.
 
@@ -150,9 +159,20 @@ def rco(
     history: tuple[StepRecord, ...] = ()
     # Where the budget leaves no choice there is nothing to relax.
     if search.steps and smallest < budget.bytes < largest:
+        loss = SampledLoss(model, q, pools[0], references[0], search)
+        state = resume.load() if resume else None
         with progress.stage("search", search.steps) as advance:
+            if state:
+                loss.skip(state["step"])
+                advance(state["step"])
+
+            def on_step(record: StepRecord) -> None:
+                if resume and record.step % search.evaluate_every == 0:
+                    resume.save(record.state())
+                advance(1)
+
             result = minimize(
-                SampledLoss(model, q, pools[0], references[0], search),
+                loss,
                 torch.from_numpy(table.costs),
                 budget.bytes,
                 steps=search.steps,
@@ -164,7 +184,8 @@ def rco(
                 layer=table.layer,
                 evaluate=judge,
                 evaluate_every=search.evaluate_every,
-                on_step=lambda record: advance(1),
+                on_step=on_step,
+                state=state,
                 seed=search.seed,
             )
         found = Candidate("rco", Assignment(table, result.choice), result.value)

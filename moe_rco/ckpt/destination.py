@@ -40,8 +40,7 @@ def check_destination(
     free = shutil.disk_usage(parent).free
     if needed_bytes + MARGIN_BYTES > free:
         raise OutputError(
-            f"output {destination} needs {format_size(needed_bytes)}, but its disk has {format_size(free)} "
-            "free; "
+            f"output {destination} needs {format_size(needed_bytes)}, but its disk has {format_size(free)} free; "
             "make room or name another directory"
         )
 
@@ -95,28 +94,30 @@ def publish(partial: Path, destination: Path, *, overwrite: bool = False, keep: 
 
 
 def _check_replaceable(destination: Path) -> None:
-    """Refuse to replace anything but an empty directory or one that we wrote, so that no typing error costs
-    a home.
-    """
+    """Refuse to replace what is not empty and not ours, so that no typing error costs a home directory."""
     if destination.is_symlink() or not destination.is_dir():
         raise OutputError(
             f"output {destination} is not a directory, so it is not overwritten; name another one"
         )
     names = {path.name for path in destination.iterdir()}
-    ours = False
-    if {CONFIG, FILE_NAME} <= names:
-        with contextlib.suppress(OSError, ValueError):
-            config = json.loads((destination / CONFIG).read_text(encoding="utf-8"))
-            ours = (config.get("quantization_config") or {}).get("quant_method") == METHOD
+    ours = {CONFIG, FILE_NAME} <= names and _quant_method(destination / CONFIG) == METHOD
     if names and not ours:
         raise OutputError(
-            f"output {destination} was not written by moe-rco, so it is not overwritten; name another one "
-            "or empty it"
+            f"output {destination} was not written by moe-rco, so it is not overwritten; "
+            "name another one or empty it"
         )
     if Path.cwd().resolve().is_relative_to(destination.resolve()):
         raise OutputError(
             f"output {destination} is or holds the current directory; leave it, or name another one"
         )
+
+
+def _quant_method(config: Path) -> object:
+    try:
+        entry = json.loads(config.read_text(encoding="utf-8")).get("quantization_config")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return entry.get("quant_method") if isinstance(entry, dict) else None
 
 
 def _existing_parent(path: Path) -> Path:

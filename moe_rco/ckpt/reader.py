@@ -45,11 +45,12 @@ class Checkpoint:
         self.config: dict[str, Any] = self._json(CONFIG)
         if self.config.get("quantization_config") is not None and not allow_quantized:
             raise ModelError(
-                f"{self.directory} is already quantised (its {CONFIG} has a quantization_config); name the "
-                "original model"
+                f"{self.directory} is already quantised (its {CONFIG} has a quantization_config); "
+                "name the original model"
             )
         self.tensors: Mapping[str, TensorInfo] = self._tensors()
         self._handles: dict[Path, Any] = {}
+        self._digest: str | None = None
 
     @cached_property
     def files(self) -> tuple[Path, ...]:
@@ -73,9 +74,8 @@ class Checkpoint:
         fused = next((name for name in self.tensors if name.endswith(".experts.gate_up_proj")), None)
         if fused is not None and not expected & self.tensors.keys():
             raise ModelError(
-                f"{self.directory} stores its experts fused ({fused}); load it with transformers 5 and save "
-                "it again, "
-                "which writes one tensor per expert"
+                f"{self.directory} stores its experts fused ({fused}); load it with transformers 5 and "
+                "save it again, which writes one tensor per expert"
             )
         for group in adapter.groups(self.config):
             for weight in group.weights:
@@ -84,8 +84,7 @@ class Checkpoint:
                 if dtype not in EXPERT_DTYPES:
                     raise ModelError(
                         f"expert tensor {weight.name} in {self.tensors[weight.name].file} is {dtype}; "
-                        "experts must be "
-                        "bfloat16, float16 or float32: name the original, unquantised model"
+                        "experts must be bfloat16, float16 or float32: name the original, unquantised model"
                     )
         hidden = adapter.expert_shape(self.config)[0]
         for layer in adapter.moe_layers(self.config):
@@ -98,9 +97,7 @@ class Checkpoint:
                 )
 
     def check_finite(self, adapter: Adapter, progress: Progress | None = None) -> None:
-        """Read every expert, one tensor at a time. Raises ModelError naming the first with a NaN or an
-        infinity.
-        """
+        """Read every expert, one tensor at a time. Raises ModelError naming the first that is not finite."""
         groups = adapter.groups(self.config)
         with (progress or Silent()).stage("check expert weights", len(groups)) as advance:
             for group in groups:
@@ -108,37 +105,30 @@ class Checkpoint:
                     if not bool(torch.isfinite(self.read(weight.name)).all()):
                         raise ModelError(
                             f"expert tensor {weight.name} in {self.tensors[weight.name].file} has NaN or "
-                            "infinite values; "
-                            f"{AGAIN}, or retrain the model"
+                            f"infinite values; {AGAIN}, or retrain the model"
                         )
                 advance(1)
 
     def digest(self, progress: Progress | None = None) -> str:
-        """SHA-256 (hex) over config.json and the weight files: their names, sizes and bytes. Computed
-        once.
-        """
-        return self._digest(progress or Silent())
-
-    def companions(self) -> tuple[Path, ...]:
-        """The files to copy with the weights (tokenizer, chat template, generation settings), sorted by
-        name.
-        """
-        found = {path for pattern in COMPANIONS for path in self.directory.glob(pattern) if path.is_file()}
-        return tuple(sorted(self._inside(path.name) for path in found))
-
-    def _digest(self, progress: Progress) -> str:
-        if not hasattr(self, "_digest_value"):
+        """SHA-256 (hex) over config.json and the weight files: their names, sizes and bytes. Computed once."""
+        if self._digest is None:
             paths = [self.directory / CONFIG, *self.files]
             digest = hashlib.sha256()
-            with progress.stage("read the weights", sum(path.stat().st_size for path in paths)) as advance:
+            total = sum(path.stat().st_size for path in paths)
+            with (progress or Silent()).stage("read the weights", total) as advance:
                 for path in paths:
                     digest.update(f"{path.name} {path.stat().st_size}\n".encode())
                     with path.open("rb") as file:
                         while chunk := file.read(1 << 22):
                             digest.update(chunk)
                             advance(len(chunk))
-            self._digest_value = digest.hexdigest()
-        return self._digest_value
+            self._digest = digest.hexdigest()
+        return self._digest
+
+    def companions(self) -> tuple[Path, ...]:
+        """The files to copy with the weights, sorted by name: tokenizer, chat template, generation settings."""
+        found = {path for pattern in COMPANIONS for path in self.directory.glob(pattern) if path.is_file()}
+        return tuple(sorted(self._inside(path.name) for path in found))
 
     def _check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
         if name not in self.tensors:
@@ -185,11 +175,7 @@ class Checkpoint:
         if (self.directory / WEIGHTS).exists() or not (self.directory / INDEX).exists():
             return self._header(WEIGHTS)
         placed = self._json(INDEX).get("weight_map")
-        if (
-            not isinstance(placed, dict)
-            or not placed
-            or not all(isinstance(name, str) for name in placed.values())
-        ):
+        if not isinstance(placed, dict) or not placed or not all(isinstance(f, str) for f in placed.values()):
             raise ModelError(f"{self.directory / INDEX} has no weight_map of tensor to file names; {AGAIN}")
         tensors: dict[str, TensorInfo] = {}
         files = sorted(set(placed.values()))

@@ -1,6 +1,4 @@
-"""Writes the compressed checkpoint: quantised experts copied from the store, all else from the model, byte
-for byte.
-"""
+"""Writes the compressed checkpoint: quantised experts copied from the store, the rest from the model."""
 
 from __future__ import annotations
 
@@ -30,9 +28,7 @@ COPY_BYTES = 1 << 22
 
 @dataclass(frozen=True)
 class RewriteResult:
-    """What was written, in bytes of tensors: `expert_bytes` is the plan's cost, `total_bytes` both
-    together.
-    """
+    """What was written, in bytes of tensors. `expert_bytes` is the plan's cost, `total_bytes` both together."""
 
     directory: Path
     expert_bytes: int
@@ -54,12 +50,10 @@ def rewrite(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> RewriteResult:
-    """Write the model under `assignment` to the directory `destination`, which appears complete or not at
-    all.
+    """Write the model under `assignment` to the directory `destination`, which appears whole or not at all.
 
-    Memory: one tensor of the model. Raises OutputError (destination exists, is not writable, disk full),
-    PlanError (plan, assignment and written bytes disagree), StoreError (a quantised expert is missing or
-    damaged).
+    Memory: a few MiB. Raises OutputError (destination exists, is not writable, disk full), PlanError (plan,
+    assignment and written bytes disagree), StoreError (a quantised expert is missing or damaged).
     """
     destination = Path(destination)
     if (plan.check(assignment.table).choice != assignment.choice).any():
@@ -139,8 +133,8 @@ def _expert(
 def _check_bytes(expert_bytes: int, plan: Plan) -> None:
     if expert_bytes != plan.cost or expert_bytes > plan.budget:
         raise PlanError(
-            f"the experts take {expert_bytes} bytes as written, the plan says {plan.cost} of a budget of "
-            f"{plan.budget}"
+            f"the experts take {expert_bytes} bytes as written, "
+            f"the plan says {plan.cost} of a budget of {plan.budget}"
         )
 
 

@@ -134,8 +134,7 @@ class Store:
             )
         if index.get("fingerprint") != self.fingerprint:
             raise StoreError(
-                f"the store {self.directory} was made from other weights, calibration data or quantiser "
-                "settings; "
+                f"the store {self.directory} was made from other weights, data or quantiser settings; "
                 "delete the directory to quantise again, or name another one"
             )
         return index

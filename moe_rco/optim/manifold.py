@@ -108,8 +108,9 @@ class BudgetManifold:
         if bool((root.residual > TOLERANCE * self.budgets).any()):
             worst = int((root.residual / self.budgets).argmax())
             raise MoeRcoError(
-                f"retraction of segment {worst} stopped {float(root.residual[worst]):.3g} away from its budget "
-                f"{float(self.budgets[worst]):.17g}; logits reach {float(logits.abs().max()):.3g}, keep them below 500"
+                f"retraction of segment {worst} stopped {float(root.residual[worst]):.3g} away from its "
+                f"budget {float(self.budgets[worst]):.17g}; logits reach {float(logits.abs().max()):.3g}, "
+                "keep them below 500"
             )
         return moved if root.is_last else self._move(logits, root.t)
 
@@ -146,8 +147,8 @@ class BudgetManifold:
         if bool(wrong.any()):
             i = int(wrong.nonzero()[0])
             raise BudgetError(
-                f"budget {float(self.budgets[i]):.17g} of segment {i} is out of reach: its groups cost between "
-                f"{float(least[i]):.17g} and {float(most[i]):.17g}"
+                f"budget {float(self.budgets[i]):.17g} of segment {i} is out of reach: its groups cost "
+                f"between {float(least[i]):.17g} and {float(most[i]):.17g}"
             )
 
     def _check_logits(self, logits: Tensor) -> None:

@@ -1,8 +1,8 @@
 """The multiple-choice knapsack with a floor on kept groups per layer, solved to proven optimality.
 
-Lagrangian bound (mckp_dual), then an exact search over a growing core of options with small losses (mckp_core):
-an option whose loss exceeds the best solution's distance to the bound cannot be part of a better one (Pisinger
-1995).
+Lagrangian bound (mckp_dual), then an exact search over a growing core of options with small losses
+(mckp_core): an option whose loss exceeds the best solution's distance to the bound cannot be part of a better
+one (Pisinger 1995).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _MAX_COST = 1 << 62
 class MCKPSolution:
     """An assignment within the budget and the floors.
 
-    `choice` int64 [N], its `value`, its `cost` (in the caller's unit), an upper `bound` on the optimum, `status`
-    "optimal" (proved) or "feasible" (the bound tells how far it may be off), and the `multiplier`, value per
-    unit of cost at the margin.
+    `choice` int64 [N], its `value`, its `cost` (in the caller's unit), an upper `bound` on the optimum,
+    `status` "optimal" (proved) or "feasible" (the bound tells how far it may be off), and the `multiplier`,
+    value per unit of cost at the margin.
     """
 
     choice: NDArray[np.int64]
@@ -70,8 +70,8 @@ class Knapsack:
     ) -> MCKPSolution:
         """Maximise the sum of `values` float64 [N, K] over the chosen options.
 
-        `warm`, the solution for similar values, saves time. `max_states` bounds the memory of the exact search
-        (24 bytes a state); when it does not suffice the result is "feasible" with an honest bound.
+        `warm`, the solution for similar values, saves time. `max_states` bounds the memory of the exact
+        search (24 bytes a state); when it does not suffice the result is "feasible" with an honest bound.
         """
         v = np.ascontiguousarray(as_array(values), dtype=np.float64)
         if v.shape != self.costs.shape:
@@ -180,8 +180,8 @@ class Knapsack:
         last_of = np.where(layer_of == layers, -2, np.where(is_last, layer_of, -1))
         width = 2 * int(np.bincount(layer_of, minlength=layers + 1)[:layers].max(initial=0)) + 1
         found, picks, complete = search_core(
-            first, (cost - base_cost)[order], dual.losses[group, option][order], kept[order], last_of, surplus,
-            dual.keep_price, dual.price, self._target - dual.base_cost, limit, width, max_states,
+            first, (cost - base_cost)[order], dual.losses[group, option][order], kept[order], last_of,
+            surplus, dual.keep_price, dual.price, self._target - dual.base_cost, limit, width, max_states,
         )  # fmt: skip
         choice = dual.base.copy()
         if np.isfinite(found):
@@ -208,8 +208,8 @@ class Knapsack:
     def _cheapest_choice(self) -> NDArray[np.int64]:
         choice = np.empty(len(self.costs), np.int64)
         _, cost = best_at_price(
-            np.zeros(self.costs.shape), self._scaled, self.allowed, 1.0, self._floor, self._start, self._order,
-            choice, np.zeros(len(self._floor)),
+            np.zeros(self.costs.shape), self._scaled, self.allowed, 1.0, self._floor, self._start,
+            self._order, choice, np.zeros(len(self._floor)),
         )  # fmt: skip
         if cost < 0:
             raise BudgetError("a layer has fewer groups with an option of non-zero cost than its floor")

@@ -1,7 +1,7 @@
 """Exact search over a small core of the knapsack: dynamic programming by lists (Pisinger 1995), with floors.
 
-Only a few options have a small loss against the Lagrangian solution. All combinations of those whose losses add
-up to at most `limit` are enumerated group by group, keeping one list of states sorted by cost and free of
+Only a few options have a small loss against the Lagrangian solution. All combinations of those whose losses
+add up to at most `limit` are enumerated group by group, keeping one list of states sorted by cost and free of
 dominated states.
 """
 
@@ -13,7 +13,8 @@ from numba import njit
 
 @njit(cache=True, nogil=True)
 def search_core(
-    first, option_cost, option_loss, option_kept, last_of, surplus, keep_price, price, target, limit, width, max_states
+    first, option_cost, option_loss, option_kept, last_of, surplus, keep_price, price, target, limit, width,
+    max_states,
 ):  # fmt: skip
     """The smallest loss over all combinations of core options, if it is at most `limit`.
 
@@ -26,8 +27,8 @@ def search_core(
         width: number of values of the kept counter, odd; 1 without tracked layers.
         max_states: size of the pool of states.
 
-    Returns (loss, picks [G], complete): infinite loss when nothing is found; the picked options; False when the
-    pool was too small and the states with the largest losses were dropped.
+    Returns (loss, picks [G], complete): infinite loss when nothing is found; the picked options; False when
+    the pool was too small and the states with the largest losses were dropped.
     """
     groups = len(first) - 1
     least, most = _reach(first, option_cost)
@@ -71,7 +72,8 @@ def search_core(
         if last_of[g] >= 0:
             layer = last_of[g]
             end = _close_layer(
-                keys, losses, parents, picks, stop, end, surplus[layer], keep_price[layer], price, limit, width
+                keys, losses, parents, picks, stop, end, surplus[layer], keep_price[layer], price, limit,
+                width,
             )  # fmt: skip
         if end - stop > beam:
             end = _thin(keys, losses, parents, picks, stop, end, beam)
@@ -136,7 +138,7 @@ def _close_layer(keys, losses, parents, picks, begin, stop, surplus, keep_price,
 
 @njit(cache=True, nogil=True)
 def _thin(keys, losses, parents, picks, begin, stop, beam):
-    """Keep `beam` states, those with the smallest losses, in their order; of equal losses an even selection."""
+    """Keep the `beam` states with the smallest losses, in their order; of equal losses an even selection."""
     border = np.partition(losses[begin:stop].copy(), beam - 1)[beam - 1]
     below = (losses[begin:stop] < border).sum()
     ties, wanted = (losses[begin:stop] == border).sum(), beam - below
@@ -155,8 +157,8 @@ def _thin(keys, losses, parents, picks, begin, stop, beam):
 
 @njit(cache=True, nogil=True)
 def fill_up(values, costs, allowed, ranked, choice, room):
-    """Change `choice` by the options `ranked` (flat indices) in turn where that gains value, fits into `room` and
-    drops no kept group."""
+    """Change `choice` by the options `ranked` (flat indices) in turn, where that gains value, fits into `room`
+    and drops no kept group."""
     options = values.shape[1]
     for flat in ranked:
         i, k = flat // options, flat % options

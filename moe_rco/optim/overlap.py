@@ -101,8 +101,8 @@ class OverlappingBudgetManifold:
             t, miss = self._descend(logits, t, 1.0, AIM, _THOROUGH)
         if not miss <= TOLERANCE:
             raise BudgetError(
-                f"no probabilities found that meet all {len(self.budgets)} budgets: the closest ones miss one by "
-                f"{miss:.3g} of itself; the budgets may exclude each other"
+                f"no probabilities found that meet all {len(self.budgets)} budgets: the closest ones miss one "
+                f"by {miss:.3g} of itself; the budgets may exclude each other"
             )
         return self._move(logits, t)
 
@@ -124,7 +124,7 @@ class OverlappingBudgetManifold:
             if best <= aim:
                 break
             step = self._newton(gram, error, damping)
-            # A step beyond the reach of the quadratic model is shortened to one that moves logits by some units.
+            # A step far beyond the reach of the quadratic model is shortened to a sane change of logits.
             step = step * min(1.0, _REACH * heat / max(float(self._shift(step).abs().max()), 1e-300))
             new_error, new_gram, new_potential = self._state(logits, t + step, heat)
             # Close to the root the potential no longer resolves progress, the residual does.
@@ -142,7 +142,7 @@ class OverlappingBudgetManifold:
         return torch.tensordot(t, self._direction, dims=1)
 
     def _state(self, logits: Tensor, t: Tensor, heat: float) -> tuple[Tensor, Tensor, float]:
-        """Residual [q] in the tables' units, its Jacobian [q, q], and the potential, at temperature `heat`."""
+        """Residual [q] in the tables' units, its Jacobian [q, q] and the potential, at a temperature."""
         moved = (logits + self._shift(t)) / heat if heat != 1.0 else self._move(logits, t)
         p = self.probabilities(moved)
         mean = (p * self._direction).sum(dim=2, keepdim=True)
@@ -173,6 +173,6 @@ class OverlappingBudgetManifold:
         if bool(wrong.any()):
             j = int(wrong.nonzero()[0])
             raise BudgetError(
-                f"budget {float(self.budgets[j]):.17g} of cost table {j} is out of reach: assignments cost between "
-                f"{float(least[j]):.17g} and {float(most[j]):.17g}"
+                f"budget {float(self.budgets[j]):.17g} of cost table {j} is out of reach: assignments cost "
+                f"between {float(least[j]):.17g} and {float(most[j]):.17g}"
             )

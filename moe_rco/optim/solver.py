@@ -34,8 +34,8 @@ class SolveResult:
     """The best assignment seen.
 
     `choice` int64 [N], its evaluated `value` and integer `cost`; `name` of the candidate it came from
-    ("search" and "linear" are the optimiser's own); `status` "completed" or "stalled" (stopped by patience); `history`,
-    one record a step; `evaluations`, calls of the loss; the final `logits` [N, K].
+    ("search" and "linear" are the optimiser's own); `status` "completed" or "stalled" (stopped by patience);
+    `history`, one record a step; `evaluations`, calls of the loss; the final `logits` [N, K].
     """
 
     choice: NDArray[np.int64]
@@ -56,6 +56,7 @@ def minimize(
     steps: int = 300,
     samples: int = 4,
     lr: float = 0.1,
+    betas: tuple[float, float] = (0.9, 0.95),
     tau: tuple[float, float] = (1.0, 0.05),
     init_logits: Tensor | None = None,
     floor: Any = None,
@@ -78,8 +79,9 @@ def minimize(
         costs: integers [N, K]; `logits` and samples live on its device.
         budget: integer. The expected cost equals it throughout, so it must lie between the cheapest and the
             dearest assignment; samples and result never cost more.
-        steps, samples, lr, tau: optimiser steps, antithetic samples a step, Adam's rate, first and last
-            temperature.
+        steps, samples, lr, betas, tau: optimiser steps, antithetic samples a step, Adam's rate and decays,
+            first and last temperature. The second decay is shorter than Adam's usual 0.999: a few groups with
+            large effects are settled first, and their gradients must be forgotten for the others to move.
         init_logits: float [N, K] prior, moved onto the manifold first; zeros when left out.
         floor, layer, allowed: as in `solve_mckp`; they hold in every sample.
         evaluate: value of a choice int64 [N], lower is better, on data that gave no gradients. Without it
@@ -96,7 +98,7 @@ def minimize(
         BudgetError: no assignment satisfies budget and floors, or the budget exceeds the dearest assignment.
         UserError: malformed input, an infeasible candidate, or a loss that is not finite or has no gradient.
     """
-    run = _Run(loss, costs, budget, floor, layer, allowed, evaluate, margin, lr, seed)
+    run = _Run(loss, costs, budget, floor, layer, allowed, evaluate, margin, lr, betas, seed)
     if state is None:
         run.start(init_logits, candidates)
     else:
@@ -117,13 +119,13 @@ def minimize(
 class _Run:
     """The state of one minimisation."""
 
-    def __init__(self, loss, costs, budget, floor, layer, allowed, evaluate, margin, lr, seed):
+    def __init__(self, loss, costs, budget, floor, layer, allowed, evaluate, margin, lr, betas, seed):
         self.loss, self.evaluate, self.budget = loss, evaluate, budget
         costs = torch.as_tensor(costs)
         mask = None if allowed is None else torch.as_tensor(allowed, device=costs.device)
         self.knapsack = Knapsack(costs, budget, floor=floor, layer=layer, allowed=mask)
         self.manifold = BudgetManifold(costs, float(budget), allowed=mask)
-        self.adam = RiemannianAdam(self.manifold, lr=lr)
+        self.adam = RiemannianAdam(self.manifold, lr=lr, betas=betas)
         self.generator = torch.Generator().manual_seed(seed)
         self.best = Incumbent(margin)
         self.history: list[StepRecord] = []
@@ -183,8 +185,9 @@ class _Run:
         adam = {f"adam.{name}": value for name, value in self.adam.state_dict().items()}
         warm = 0.0 if self.warm is None else self.warm.multiplier
         return adam | self.best.state() | {
-            "logits": self.logits.clone(), "slope": self.slope.clone(), "generator": self.generator.get_state(), "step": self.step,
-            "evaluations": self.evaluations, "history": pack_history(self.history), "multiplier": warm,
+            "logits": self.logits.clone(), "slope": self.slope.clone(), "step": self.step,
+            "generator": self.generator.get_state(), "evaluations": self.evaluations,
+            "history": pack_history(self.history), "multiplier": warm,
         }  # fmt: skip
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -228,7 +231,7 @@ class _Run:
         value = self.loss(sample)
         self.evaluations += 1
         if not bool(torch.isfinite(value)):
-            raise UserError(f"the loss is {float(value)} at step {self.step}")
+            raise UserError(f"the loss is {float(value.detach())} at step {self.step}")
         if not value.requires_grad:
             raise UserError("the loss has no gradient with respect to the sample")
         sample.retain_grad()

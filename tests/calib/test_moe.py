@@ -26,7 +26,9 @@ def make_bank(seed: int) -> LayerBank:
         return gate_up, down
 
     original = stack()
-    return LayerBank(torch.device("cpu"), F.silu, PRUNE, {LOW: stack(), HIGH: original, ORIGINAL: original}, ORIGINAL)
+    return LayerBank(
+        torch.device("cpu"), F.silu, PRUNE, {LOW: stack(), HIGH: original, ORIGINAL: original}, ORIGINAL
+    )
 
 
 def reference(state: LayerState, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -64,7 +66,9 @@ CHOICES = [
 
 @pytest.mark.parametrize("renormalise", [True, False])
 @pytest.mark.parametrize("choice", CHOICES)
-def test_forward_and_gradients_equal_the_plain_implementation(choice: tuple[int, ...], renormalise: bool) -> None:
+def test_forward_and_gradients_equal_the_plain_implementation(
+    choice: tuple[int, ...], renormalise: bool
+) -> None:
     state = LayerState(make_bank(0), choice, 2, renormalise)
     x, logits, g = problem(0)
     results = []
@@ -97,8 +101,12 @@ def test_effects_equal_making_every_move(choice: tuple[int, ...], renormalise: b
                 moved[expert] = ORIGINAL  # a return is measured with the original weights
             after = dataclasses.replace(state, choice=tuple(moved), observe=None)
             effect = (g * (after.forward(x, logits) - y.detach())).sum(-1)
-            assert float(sums.linear[expert, option]) == pytest.approx(float(effect.sum()), rel=1e-5, abs=1e-3)
-            assert float(sums.squared[expert, option]) == pytest.approx(float(effect.square().sum()), rel=1e-5)
+            assert float(sums.linear[expert, option]) == pytest.approx(
+                float(effect.sum()), rel=1e-5, abs=1e-3
+            )
+            assert float(sums.squared[expert, option]) == pytest.approx(
+                float(effect.square().sum()), rel=1e-5
+            )
 
 
 def test_effects_on_every_other_token_are_those_tokens_effects() -> None:
@@ -106,7 +114,9 @@ def test_effects_on_every_other_token_are_those_tokens_effects() -> None:
     totals = []
     for stride, part in ((2, slice(None)), (1, slice(None, None, 2))):
         sums = EffectSums.zeros(EXPERTS, 3)
-        LayerState(bank, CHOICES[1], 2, True, sums, stride).forward(x[part].requires_grad_(), logits[part]).backward(g[part])
+        LayerState(bank, CHOICES[1], 2, True, sums, stride).forward(
+            x[part].requires_grad_(), logits[part]
+        ).backward(g[part])
         totals.append(sums)
     torch.testing.assert_close(totals[0].linear, totals[1].linear)
     assert totals[0].tokens == totals[1].tokens == TOKENS // 2

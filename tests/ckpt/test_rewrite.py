@@ -212,7 +212,7 @@ def test_an_empty_directory_is_overwritten_only_on_request(job: Job, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "kind", ["home", "file", "link", "broken link", "model", "other quantised", "damaged"]
+    "kind", ["home", "file", "link", "broken link", "model", "other quantised", "damaged", "odd"]
 )
 def test_what_is_not_ours_is_never_replaced(job: Job, tmp_path: Path, kind: str) -> None:
     out = tmp_path / "out"
@@ -225,11 +225,10 @@ def test_what_is_not_ours_is_never_replaced(job: Job, tmp_path: Path, kind: str)
     else:
         out.mkdir()
         (out / "thesis.tex").write_text("x")
-    if kind in ("model", "other quantised", "damaged"):
-        other = {"quant_method": "gptq"} if kind == "other quantised" else None
-        (out / "config.json").write_text(
-            "{" if kind == "damaged" else json.dumps({"quantization_config": other})
-        )
+    if kind in ("model", "other quantised", "damaged", "odd"):
+        other = {"other quantised": {"quant_method": "gptq"}, "odd": "moe_rco"}.get(kind)
+        text = "{" if kind == "damaged" else json.dumps({"quantization_config": other})
+        (out / "config.json").write_text(text)
         (out / "plan.json").write_text("{}")
     before = left(tmp_path)
     with pytest.raises(OutputError, match=r"not overwritten|exists"):

@@ -56,6 +56,10 @@ def test_writing_again_replaces(tmp_path: Path) -> None:
     store.read(0, INT4)
     store.write(0, INT4, {"a": torch.ones(2)})
     assert same(store.read(0, INT4), {"a": torch.ones(2)})
+    store.write(0, INT4, TENSORS)
+    (tmp_path / "layer-0.int4-g64.safetensors").write_bytes(b"damaged after it was written again")
+    with pytest.raises(StoreError, match="damaged"):
+        store.read(0, INT4)
 
 
 def test_another_fingerprint_is_refused(tmp_path: Path) -> None:

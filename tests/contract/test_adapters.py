@@ -22,7 +22,11 @@ from tests.tiny_models import save_tiny
 
 CPU = torch.device("cpu")
 DENSE: dict[str, list[dict[str, Any]]] = {
-    "qwen3_moe": [{}, {"num_hidden_layers": 3, "mlp_only_layers": [1]}, {"num_hidden_layers": 4, "decoder_sparse_step": 2}],
+    "qwen3_moe": [
+        {},
+        {"num_hidden_layers": 3, "mlp_only_layers": [1]},
+        {"num_hidden_layers": 4, "decoder_sparse_step": 2},
+    ],
     "qwen2_moe": [{}, {"num_hidden_layers": 3, "mlp_only_layers": [0]}, {"norm_topk_prob": True}],
     "mixtral": [{}, {"sliding_window": 8}],
 }
@@ -39,7 +43,9 @@ def assigned(checkpoint: Checkpoint) -> AssignedModel:
     adapter = get_adapter(checkpoint.config)
     table = table_of(checkpoint, EVERY_OPTION)
     runner = Runner(checkpoint, adapter, CPU, torch.float32)
-    return AssignedModel(runner, adapter, checkpoint.config, OptionBank(checkpoint, adapter, table, CPU, torch.float32))
+    return AssignedModel(
+        runner, adapter, checkpoint.config, OptionBank(checkpoint, adapter, table, CPU, torch.float32)
+    )
 
 
 def tokens(seed: int = 0) -> torch.Tensor:
@@ -49,7 +55,9 @@ def tokens(seed: int = 0) -> torch.Tensor:
 def test_names_cover_every_expert_tensor_on_disk(model_dir: Path) -> None:
     checkpoint = Checkpoint(model_dir)
     adapter = get_adapter(checkpoint.config)
-    named = {weight.name: weight.shape for group in adapter.groups(checkpoint.config) for weight in group.weights}
+    named = {
+        weight.name: weight.shape for group in adapter.groups(checkpoint.config) for weight in group.weights
+    }
     on_disk = {name: tensor.shape for name, tensor in checkpoint.tensors.items() if ".experts." in name}
     assert named == on_disk
     routers = {adapter.router_name(layer) for layer in adapter.moe_layers(checkpoint.config)}
@@ -83,7 +91,9 @@ def test_keeping_everything_is_the_transformers_model(model_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_searched_model_is_the_rewritten_and_reloaded_one(model_dir: Path, tmp_path: Path, seed: int) -> None:
+def test_the_searched_model_is_the_rewritten_and_reloaded_one(
+    model_dir: Path, tmp_path: Path, seed: int
+) -> None:
     job = random_job(model_dir, tmp_path / "store", seed)
     job.write(tmp_path / "out")
     used = {job.assignment.option(row).name for row in range(len(job.assignment.choice))}
@@ -119,7 +129,9 @@ def assigned_for(checkpoint: Checkpoint, job: Any) -> AssignedModel:
 
 
 def test_unknown_families_are_refused_by_name() -> None:
-    with pytest.raises(ModelError, match="'qwen3_mo' in config.json is not supported; the nearest is 'qwen3_moe'"):
+    with pytest.raises(
+        ModelError, match=r"'qwen3_mo' in config.json is not supported; the nearest is 'qwen3_moe'"
+    ):
         get_adapter({"model_type": "qwen3_mo"})
 
 

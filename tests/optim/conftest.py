@@ -1,4 +1,4 @@
-"""One thread for these tests: their tensors are small, and waiting for a second core costs more than it saves."""
+"""One thread for these tests: waiting for a second core costs small tensors more than it gains."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def highs(problem: Knapsack) -> float:
         -problem.values.ravel(),
         constraints=LinearConstraint(rows, low, high),
         integrality=np.ones(len(cells)),
-        bounds=Bounds(0, problem.allowed.ravel().astype(float)),
+        bounds=Bounds(np.zeros(len(cells)), problem.allowed.ravel().astype(float)),  # pyright: ignore
         options={"mip_rel_gap": 0.0},
     )
     assert result.status == 0
@@ -120,7 +120,7 @@ def test_the_size_of_qwen3_30b_is_proved_optimal(ratio):
 
 
 def subset_sum(seed: int) -> Knapsack:
-    """Value equals cost, costs share no divisor and nothing fills the budget: the bound cannot prove anything."""
+    """Value equals cost, costs share no divisor and nothing fills the budget: the bound proves nothing."""
     rng = np.random.default_rng(seed)
     costs = np.c_[np.zeros(60, np.int64), 10**9 * rng.integers(10**5, 10**6, 60) + rng.integers(0, 2, 60)]
     half = int(costs[:, 1].sum() // 2 // 10**9 * 10**9)

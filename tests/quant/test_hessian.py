@@ -55,15 +55,17 @@ def test_activations_that_are_not_finite_are_named():
 
 
 def test_shrinking_mixes_with_the_pooled_mean():
-    hessian = torch.stack([torch.eye(2), 3 * torch.eye(2), torch.full((2, 2), 7.0)])
+    hessian = torch.tensor([[[1.0, 0.5], [0.5, 1]], [[3, 1], [1, 2]], [[7, 7], [7, 7]]])
     result = shrink(hessian, torch.tensor([30, 10, 0]), 20)
     pooled = 0.75 * hessian[0] + 0.25 * hessian[1]
+    # Half of what lies off the diagonal is dropped.
+    target = torch.where(torch.eye(2, dtype=torch.bool), pooled, pooled / 2)
     assert result.experts == [1, 2]
     assert torch.equal(result.hessian[0], hessian[0])
-    assert torch.allclose(result.hessian[1], 0.5 * hessian[1] + 0.5 * pooled)
-    assert torch.allclose(result.hessian[2], pooled)
-    # The default asks for two tokens a column.
-    assert shrink(hessian, torch.tensor([30, 4, 3])).experts == [2]
+    assert torch.allclose(result.hessian[1], 0.5 * hessian[1] + 0.5 * target)
+    assert torch.allclose(result.hessian[2], target)
+    # The default asks for four tokens a column.
+    assert shrink(hessian, torch.tensor([30, 8, 7])).experts == [2]
 
 
 def test_no_tokens_at_all_give_the_identity():
