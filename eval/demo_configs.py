@@ -24,9 +24,8 @@ _SHARED: dict[str, Any] = {
 def demo_config(name: str) -> PretrainedConfig:
     if name == "qwen3_moe":
         return Qwen3MoeConfig(
-            **_SHARED,
+            **{**_SHARED, "head_dim": 32},  # by default it is not hidden size / heads in this family
             num_hidden_layers=6,
-            head_dim=32,
             intermediate_size=256,
             num_experts=32,
             num_experts_per_tok=4,
@@ -37,7 +36,6 @@ def demo_config(name: str) -> PretrainedConfig:
         return MixtralConfig(
             **_SHARED,
             num_hidden_layers=4,
-            head_dim=32,
             intermediate_size=128,
             num_local_experts=8,
             num_experts_per_tok=2,

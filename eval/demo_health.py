@@ -97,7 +97,16 @@ def router_table(shares: dict[str, Tensor]) -> list[str]:
     return lines
 
 
-def report(folder: Path, streams: dict[str, np.ndarray]) -> list[str]:
+def trigram_losses(tokenizer: Any, streams: dict[str, np.ndarray]) -> dict[str, float]:
+    everything = TrigramModel(np.concatenate(list(streams.values())), len(tokenizer))
+    losses = {}
+    for domain, documents in heldout_tokens(tokenizer).items():
+        own = TrigramModel(streams[domain], len(tokenizer))
+        losses[domain] = min(own.loss(documents), everything.loss(documents))
+    return losses
+
+
+def report(folder: Path, baseline: dict[str, float]) -> list[str]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.eval()
@@ -116,13 +125,11 @@ def report(folder: Path, streams: dict[str, np.ndarray]) -> list[str]:
     documents = heldout_tokens(tokenizer)
     routers = RouterCounts(model, config.num_experts)
     shares: dict[str, Tensor] = {}
-    everything = TrigramModel(np.concatenate(list(streams.values())), len(tokenizer))
     for domain, texts in documents.items():
         loss = document_loss(model, texts)
         shares[domain] = routers.take()
-        own = TrigramModel(streams[domain], len(tokenizer)).loss(texts)
         count = sum(len(ids) - 1 for ids in texts)
-        lines.append(f"| {domain} | {count} | {loss:.3f} | {min(own, everything.loss(texts)):.3f} |")
+        lines.append(f"| {domain} | {count} | {loss:.3f} | {baseline[domain]:.3f} |")
     pairs = arithmetic.held_out_pairs()
     accuracy = addition_accuracy(model, tokenizer, pairs)
     lines += ["", f"Held-out two-digit additions solved greedily: {accuracy:.1%} of {len(pairs)}.", ""]
@@ -146,8 +153,9 @@ def main() -> None:
     print(
         "total variation distance between its use of the experts and the use over the even mix of domains.\n"
     )
+    baseline = trigram_losses(AutoTokenizer.from_pretrained(args.models[0]), streams)
     for folder in args.models:
-        print("\n".join(report(folder, streams)), flush=True)
+        print("\n".join(report(folder, baseline)), flush=True)
 
 
 if __name__ == "__main__":

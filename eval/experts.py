@@ -88,7 +88,8 @@ def sorted_experts_forward(
     """Drop-in for the ``forward`` of the SwiGLU experts of Qwen3-MoE, Qwen2-MoE and Mixtral."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden_states.dtype
     gate_up, down = self.gate_up_proj, self.down_proj
-    assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
+    assert isinstance(gate_up, Tensor)
+    assert isinstance(down, Tensor)
     pair_row, sizes = _rows_by_expert(top_k_index.reshape(-1), gate_up.shape[0])
     pairs = _SortedSwiGLU.apply(hidden_states.to(dtype), pair_row, sizes, gate_up.to(dtype), down.to(dtype))
     assert isinstance(pairs, Tensor)

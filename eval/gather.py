@@ -31,7 +31,9 @@ RUST_BOOKS = (
     "rustdoc", "unstable-book",
 )  # fmt: skip
 SKIPPED = re.compile(r"/locale/|/unicode|_data\.py|/data/|vendored|_pytest/|/licenses/")
-BLOCKS = set("p div li h1 h2 h3 h4 h5 tr table ul ol dl dt dd section".split())
+BLOCKS = frozenset(
+    ("p", "div", "li", "h1", "h2", "h3", "h4", "h5", "tr", "table", "ul", "ol", "dl", "dt", "dd", "section")
+)
 MIN_CHARS = 1500
 CAP_PER_PACKAGE = 2_500_000
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from eval.prepared import Subject
 from moe_rco.adapters import route
@@ -63,6 +64,7 @@ def our_runner_frozen(subject: Subject) -> Pass:
 
 def transformers_model(subject: Subject, implementation: str) -> Pass:
     """transformers' own model in training mode with one of its implementations of the experts."""
+    logging.disable_progress_bar()
     model: Any = AutoModelForCausalLM.from_pretrained(
         subject.prepared.checkpoint.directory,
         dtype=subject.prepared.model.runner.dtype,

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from moe_rco import recipe as recipes
 from moe_rco.calib.data import TokenPool, heldout_pool, load_tokenizer
+from moe_rco.ckpt.locate import fetch_model
 from moe_rco.ckpt.reader import Checkpoint
 from moe_rco.pipeline import Prepared, prepare
-from moe_rco.preflight import Sized, fetch, size
+from moe_rco.preflight import Sized, open_inputs, size
 from moe_rco.recipe import Recipe
 
 MODELS = {
@@ -69,8 +70,7 @@ def store_directory(name: str, recipe: Recipe) -> Path:
 
 def subject(name: str, recipe: Recipe) -> Subject:
     """Calibrate and quantise, or take up what an earlier run with the same inputs has quantised."""
-    sized = size(recipe)
-    checkpoint = fetch(sized)
-    prepared = prepare(sized, checkpoint, work_directory(name, recipe), Lines())
-    heldout = heldout_pool(recipe.calibration, load_tokenizer(checkpoint.directory), prepared.pools[1])
-    return Subject(name, sized, prepared, heldout)
+    ready = open_inputs(size(recipe), fetch_model(recipe))
+    prepared = prepare(ready, work_directory(name, recipe), Lines())
+    heldout = heldout_pool(recipe.calibration, load_tokenizer(ready.checkpoint.directory), prepared.pools[1])
+    return Subject(name, ready.sized, prepared, heldout)

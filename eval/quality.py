@@ -55,7 +55,11 @@ class Judge:
         for _, ids in pool.batches(16):
             hidden = model.hidden(ids, None if assignment is None else assignment.choice)
             states.update((row.numpy().tobytes(), h) for row, h in zip(ids, hidden, strict=True))
-        return lambda ids: model.runner.logits(states[ids[0].numpy().tobytes()])[None]
+
+        def logits(ids: torch.Tensor) -> torch.Tensor:
+            return model.runner.logits(torch.stack([states[row.numpy().tobytes()] for row in ids]))
+
+        return logits
 
 
 def record_of(judge: Judge, variants: Variants, budget: Budget) -> dict[str, Any]:
@@ -78,12 +82,17 @@ def record_of(judge: Judge, variants: Variants, budget: Budget) -> dict[str, Any
 
 
 def measure_model(
-    name: str, seed: int, ratios: Sequence[float], settings: Sequence[str], results: Results
+    name: str,
+    seed: int,
+    ratios: Sequence[float],
+    settings: Sequence[str],
+    names: Sequence[str],
+    results: Results,
 ) -> None:
-    """Every method at every ratio for one model and seed."""
+    """The named methods at every ratio for one model and seed."""
     recipe = recipe_of(name, seed, settings)
     inputs = inputs_of(recipe)
-    todo = [(r, m) for r in ratios for m in METHODS if results.get((name, r, seed, m), inputs) is None]
+    todo = [(r, m) for r in ratios for m in names if results.get((name, r, seed, m), inputs) is None]
     if not todo:
         print(f"{name}, seed {seed}: nothing to do", flush=True)
         return
@@ -114,13 +123,14 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 0.35, 0.25])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--output", type=Path, default=Path("eval/results/quality.md"))
     arguments = parser.parse_args()
     results = Results(arguments.output.with_suffix(".json"))
     for name in arguments.models:
         for seed in arguments.seeds:
-            measure_model(name, seed, arguments.ratios, arguments.settings, results)
+            measure_model(name, seed, arguments.ratios, arguments.settings, arguments.methods, results)
     records = []
     for name, seed in itertools.product(arguments.models, arguments.seeds):
         inputs = inputs_of(recipe_of(name, seed, arguments.settings))

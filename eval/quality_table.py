@@ -75,7 +75,7 @@ def _case(records: Records, model: str, ratio: float, methods: Sequence[str]) ->
     budget = records[0]["budget"]
     lines = [
         f"## {model} at {ratio:.0%}: {budget:,} of {records[0]['original']:,} bytes\n",
-        "| method | held-out KL | by seed | variant | written bytes | slack | choosing took |",
+        "| method | held-out KL | by seed | variant | most bytes | largest slack | choosing took |",
         "|---|---|---|---|---|---|---|",
     ]
     for method in methods:

@@ -39,8 +39,11 @@ class Methods:
 
     def all(self, budget: Budget, recipe: Recipe) -> Mapping[str, Callable[[], Variants]]:
         """By name, a function that gives a method's assignments by variant; empty where it does not apply."""
-        quantized = [option for option in self._table.options if option.is_quantized]
-        four = [option for option in quantized if option.bits == 4]
+        widest = uniform(self._table, budget)
+        least = 0 if widest is None else widest.option(0).bits
+        # Narrower than the widest option that needs no pruning would be worse for nothing.
+        quantized = [o for o in self._table.options if o.is_quantized and o.bits >= least]
+        four = [option for option in self._table.options if option.bits == 4]
         full = [option for option in self._table.options if option.bits == 16]
         methods: dict[str, Callable[[], Variants]] = {UNIFORM: lambda: self._uniform(budget)}
         for score in ("frequency", "REAP"):

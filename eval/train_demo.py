@@ -35,7 +35,6 @@ from eval.cpu_kernels import chunked_cross_entropy
 from eval.demo_configs import demo_config
 from eval.optimizer import build_optimizers
 
-BATCH_TOKENS = 8192
 BALANCE = 0.01
 WARM_UP, DECAY_FROM, LONG_FROM = 0.02, 0.4, 0.75
 MUON_LR, ADAM_LR = 0.01, 3e-3
@@ -78,9 +77,7 @@ class Trainer:
     def _keep_routing(self, module: nn.Module, inputs: Any, output: tuple[Tensor, ...]) -> None:
         self.routed.append((output[0], output[2]))
 
-    def train_step(
-        self, progress: float, length: int, batch_tokens: int = BATCH_TOKENS
-    ) -> tuple[float, float]:
+    def train_step(self, progress: float, length: int, batch_tokens: int) -> tuple[float, float]:
         """One update; returns the language-modelling loss and the balance loss."""
         tokens = self.batches.draw(self.step, batch_tokens // length, length)
         self.routed.clear()
@@ -118,7 +115,13 @@ class Trainer:
         self.step, self.elapsed = state["step"], state["elapsed"]
 
     def run(
-        self, steps: int, minutes: float, length: int, every: int, checkpoint: Callable[[], None]
+        self,
+        steps: int,
+        minutes: float,
+        length: int,
+        batch_tokens: int,
+        every: int,
+        checkpoint: Callable[[], None],
     ) -> None:
         started, begun = time.time(), self.elapsed
         while True:
@@ -126,9 +129,10 @@ class Trainer:
             progress = max(self.step / steps, self.elapsed / (60 * minutes))
             if progress >= 1:
                 break
-            loss, balance = self.train_step(progress, length * (2 if progress >= LONG_FROM else 1))
+            now = length * (2 if progress >= LONG_FROM else 1)
+            loss, balance = self.train_step(progress, now, batch_tokens)
             if self.step % 20 == 0:
-                tokens = self.step * BATCH_TOKENS
+                tokens = self.step * batch_tokens
                 print(
                     f"step {self.step} {progress:.1%} loss {loss:.3f} balance {balance:.3f} "
                     f"{tokens / 1e6:.2f} M tokens {self.elapsed / 60:.1f} min",
@@ -171,6 +175,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--length", type=int, default=256, help="tokens a sequence, twice as many at the end")
+    parser.add_argument("--batch-tokens", type=int, default=8192)
     parser.add_argument("--every", type=int, default=200, help="steps between checkpoints and exports")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
@@ -188,7 +193,7 @@ def main() -> None:
         export(trainer.model, tokenizer, args.out)
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    trainer.run(args.steps, args.minutes, args.length, args.every, checkpoint)
+    trainer.run(args.steps, args.minutes, args.length, args.batch_tokens, args.every, checkpoint)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from moe_rco import preflight as checks
 from moe_rco.baselines import starting_points
 from moe_rco.calib.bank import OptionBank
 from moe_rco.calib.calibrate import Calibrated, calibrate
-from moe_rco.calib.data import TokenPool, heldout_pool, load_tokenizer, make_pools
+from moe_rco.calib.data import TokenPool, heldout_pool, load_tokenizer
 from moe_rco.calib.fisher import fisher_effects
 from moe_rco.calib.measure import Scores, measure
 from moe_rco.calib.objective import AssignedModel
@@ -73,13 +73,12 @@ def prune(recipe: Recipe, *, progress: Progress | None = None, overwrite: bool =
     Raises UserError for what the user can repair.
     """
     clock = _Clock(progress or Silent())
-    preflight(recipe, overwrite=overwrite)
-    sized = checks.size(recipe)
-    checkpoint = checks.fetch(sized)
+    ready = checks.make_ready(recipe, overwrite=overwrite)
+    sized, checkpoint = ready.sized, ready.checkpoint
     checkpoint.check_finite(sized.adapter, clock)
     output = Path(recipe.output)
     work = output.with_name(output.name + ".work")
-    prepared = prepare(sized, checkpoint, work, clock)
+    prepared = prepare(ready, work, clock)
     inputs = f"{prepared.store.fingerprint} {recipe.digest()}"
     chosen = choose(prepared, sized.budget, recipe, clock, SavedState(work / "search.safetensors", inputs))
     assignment = chosen.best.assignment
@@ -115,14 +114,12 @@ def prune(recipe: Recipe, *, progress: Progress | None = None, overwrite: bool =
     return report
 
 
-def prepare(sized: checks.Sized, checkpoint: Checkpoint, work: Path, progress: Progress) -> Prepared:
-    """Read calibration text, quantise every option into `work/store`, and measure what each would do. Raises UserError."""
-    recipe = sized.recipe
+def prepare(ready: checks.Ready, work: Path, progress: Progress) -> Prepared:
+    """Quantise every option into `work/store`, and measure what each would do. Raises UserError."""
+    recipe, sized, checkpoint, pools = ready.recipe, ready.sized, ready.checkpoint, ready.pools
     device = checks.resolve_device(recipe)
     dtype = checks.resolve_dtype(recipe, device)
-    tokenizer = load_tokenizer(checkpoint.directory)
     runner = Runner(checkpoint, sized.adapter, device, dtype)
-    pools = make_pools(recipe.calibration, tokenizer, runner.vocab_size, recipe.search.seed)
     tokens = [hashlib.sha256(pool.ids.numpy().tobytes()).hexdigest() for pool in pools]
     inputs = [checkpoint.digest(progress), *tokens, recipe.quantizer.model_dump(mode="json"), str(dtype)]
     store = Store(work / "store", hashlib.sha256(json.dumps(inputs).encode()).hexdigest())

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from moe_rco.adapters import Adapter, get_adapter
-from moe_rco.calib.data import check_sources
+from moe_rco.calib.data import TokenPool, check_sources, load_tokenizer, make_pools
+from moe_rco.calib.reference import TOP
 from moe_rco.ckpt.destination import check_destination
 from moe_rco.ckpt.locate import fetch_model, read_config
 from moe_rco.ckpt.reader import Checkpoint
@@ -22,6 +23,8 @@ from moe_rco.report import BudgetPart, OptionCost, Preflight
 from moe_rco.types import Budget, CostTable
 from moe_rco.units import format_size
 
+LIBRARIES = 700 * 10**6
+"""Resident bytes of the interpreter with torch and transformers."""
 _SOURCE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -74,29 +77,75 @@ def resolve_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
+@dataclass(frozen=True)
+class Ready:
+    """A job whose inputs are all there and checked: the model's files and the calibration sequences (gradient, kept out)."""
+
+    sized: Sized
+    checkpoint: Checkpoint
+    pools: tuple[TokenPool, TokenPool]
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.sized.recipe
+
+
 def check(recipe: Recipe, *, overwrite: bool = False) -> Preflight:
-    """Check all that can be checked without reading weights, and say what the run would take. Raises UserError."""
+    """Say what a run would take. Only config.json is fetched of a model that is not local. Raises UserError."""
     sized = size(recipe)
-    device = resolve_device(recipe)
+    local = None if recipe.model_directory is None else open_inputs(sized, recipe.model_directory)
+    _check_resources(sized, local, overwrite)
+    if local is not None:
+        return _preflight(sized, local)
     check_sources(recipe.calibration)
-    directory = recipe.model_directory
-    table, budget = sized.table, sized.budget
-    others = 0
-    if directory is not None:
-        checkpoint = Checkpoint(directory)
-        checkpoint.check_experts(sized.adapter)
-        others = output_bytes(checkpoint, sized.adapter, 0)
-    memory = _memory(sized, resolve_dtype(recipe, device), others)
-    limit = recipe.execution.memory_limit
+    return _preflight(sized, None)
+
+
+def make_ready(recipe: Recipe, *, overwrite: bool = False) -> Ready:
+    """Check everything that can be wrong, the cheapest first, and download what is not local. Raises UserError."""
+    sized = size(recipe)
+    _check_resources(sized, None, overwrite)
+    ready = open_inputs(sized, fetch_model(recipe))
+    _check_resources(sized, ready, overwrite)
+    return ready
+
+
+def open_inputs(sized: Sized, directory: Path) -> Ready:
+    """The model in a directory and the calibration text, checked; no weights are read. Raises ModelError, DataError."""
+    recipe = sized.recipe
+    checkpoint = Checkpoint(directory)
+    checkpoint.check_experts(sized.adapter)
+    names = {weight.name for group in sized.table.groups for weight in group.weights}
+    stored = sum(tensor.nbytes for name, tensor in checkpoint.tensors.items() if name in names)
+    if stored != sized.table.original_bytes:
+        raise ModelError(
+            f"{directory}: the routed experts take {stored} bytes, but config.json's dtype implies "
+            f"{sized.table.original_bytes}; correct 'dtype' in config.json"
+        )
+    tokenizer = load_tokenizer(directory)
+    vocabulary = int(sized.config.get("vocab_size", 0))
+    return Ready(sized, checkpoint, make_pools(recipe.calibration, tokenizer, vocabulary, recipe.search.seed))
+
+
+def _check_resources(sized: Sized, ready: Ready | None, overwrite: bool) -> None:
+    """Device, memory, output directory and disk; more exactly once the model's files are known."""
+    recipe = sized.recipe
+    memory, limit = _memory(sized, ready), recipe.execution.memory_limit
     if limit is not None and memory > limit:
         raise UserError(
             f"the run needs about {format_size(memory)} of memory, execution.memory_limit is {format_size(limit)}; "
             "use fewer options or fewer calibration sequences"
         )
-    quantized = [index for index, option in enumerate(table.options) if option.is_quantized]
-    needed = int(table.costs[:, quantized].sum()) + budget.bytes + others
-    output = Path(recipe.output)
-    check_destination(output, overwrite=overwrite, needed_bytes=needed, keep=directory)
+    check_destination(
+        Path(recipe.output), overwrite=overwrite, needed_bytes=_disk(sized, ready), keep=recipe.model_directory
+    )
+
+
+def _preflight(sized: Sized, ready: Ready | None) -> Preflight:
+    recipe, table, budget = sized.recipe, sized.table, sized.budget
+    sequences, holdout = recipe.calibration.sequences, recipe.calibration.holdout_sequences
+    if ready is not None:
+        sequences, holdout = sum(len(pool) for pool in ready.pools), len(ready.pools[1])
     return Preflight(
         model=recipe.model,
         family=sized.adapter.model_type,
@@ -111,35 +160,36 @@ def check(recipe: Recipe, *, overwrite: bool = False) -> Preflight:
         smallest=table.range[0],
         largest=table.range[1],
         budget=BudgetPart(text=budget.text, bytes=budget.bytes),
-        sequences=recipe.calibration.sequences,
-        tokens=recipe.calibration.tokens,
-        holdout_sequences=recipe.calibration.holdout_sequences,
+        sequences=sequences,
+        tokens=sequences * recipe.calibration.sequence_length,
+        holdout_sequences=holdout,
         search_method=recipe.search.method,
         search_steps=recipe.search.steps,
         search_samples=recipe.search.samples,
-        output=str(output),
-        disk_needed=needed,
-        disk_free=shutil.disk_usage(_existing(output)).free,
-        memory=memory,
+        output=recipe.output,
+        disk_needed=_disk(sized, ready),
+        disk_free=shutil.disk_usage(_existing(Path(recipe.output))).free,
+        memory=_memory(sized, ready),
     )
-
-
-def fetch(sized: Sized) -> Checkpoint:
-    """The model's files, downloaded if need be, with every header checked. Raises ModelError."""
-    checkpoint = Checkpoint(fetch_model(sized.recipe))
-    checkpoint.check_experts(sized.adapter)
-    return checkpoint
 
 
 def _existing(path: Path) -> Path:
     return next(parent for parent in path.absolute().parents if parent.exists())
 
 
-def _memory(sized: Sized, dtype: torch.dtype, others: int) -> int:
+def _disk(sized: Sized, ready: Ready | None) -> int:
+    """Bytes written: every quantised option once in the store, and the output."""
+    quantized = [index for index, option in enumerate(sized.table.options) if option.is_quantized]
+    others = 0 if ready is None else output_bytes(ready.checkpoint, sized.adapter, 0)
+    return int(sized.table.costs[:, quantized].sum()) + sized.budget.bytes + others
+
+
+def _memory(sized: Sized, ready: Ready | None) -> int:
     """Bytes the run holds: every option of every expert, the rest of the model, activations and references."""
     table, calibration = sized.table, sized.recipe.calibration
+    dtype = resolve_dtype(sized.recipe, resolve_device(sized.recipe))
     kept = 1 + sum(not option.is_prune for option in table.options)
     hidden, _ = sized.adapter.expert_shape(sized.config)
-    per_token = 2 * hidden * dtype.itemsize + 64 * 8
-    # The interpreter with its libraries takes 700 MB, the model's other weights are held in `dtype`.
-    return 700 * 10**6 + table.numel * dtype.itemsize * kept + 2 * others + calibration.tokens * per_token
+    per_token = hidden * dtype.itemsize + TOP * 8
+    others = 0 if ready is None else 2 * output_bytes(ready.checkpoint, sized.adapter, 0)
+    return LIBRARIES + table.numel * dtype.itemsize * kept + others + calibration.tokens * per_token

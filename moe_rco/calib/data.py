@@ -123,12 +123,13 @@ def _load(name: str, **options: Any) -> Any:
 def load_tokenizer(directory: Path) -> Any:
     """The tokenizer of a model directory. Raises ModelError."""
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            f"{directory}: no usable tokenizer ({reason}); copy the model's tokenizer files there"
-        ) from error
+        raise ModelError(f"{directory}: no usable tokenizer ({reason}); copy the model's tokenizer files there") from error
+    if not tokenizer("Any text has tokens.")["input_ids"]:  # made up by transformers where there are no files
+        raise ModelError(f"{directory}: no tokenizer; copy the model's tokenizer files there")
+    return tokenizer
 
 
 def check_sources(calibration: Calibration) -> None:
@@ -186,6 +187,8 @@ def _pool(
         tokens += len(ids)
         if tokens >= ahead and source.data != DEMO:
             break
+    if not documents:
+        raise DataError(f"calibration data {source.data} has no text in it")
     generator = np.random.default_rng(seed)
     train: list[tuple[str, np.ndarray]] = []
     kept_out: list[tuple[str, np.ndarray]] = []

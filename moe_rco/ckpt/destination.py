@@ -35,8 +35,7 @@ def check_destination(
     parent = _existing_parent(destination)
     if not parent.is_dir():
         raise OutputError(f"output {destination} cannot be made: {parent} is not a directory")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"output {destination} cannot be made: {parent} is not writable")
+    _check_writable(parent, destination)
     free = shutil.disk_usage(parent).free
     if needed_bytes + MARGIN_BYTES > free:
         raise OutputError(
@@ -118,6 +117,18 @@ def _quant_method(config: Path) -> object:
     except (OSError, ValueError, AttributeError):
         return None
     return entry.get("quant_method") if isinstance(entry, dict) else None
+
+
+def _check_writable(parent: Path, destination: Path) -> None:
+    """By trying: permissions alone do not tell of read-only file systems, quotas or a superuser's limits."""
+    probe = parent / f".{destination.name}.probe-{os.getpid()}"
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise OutputError(
+            f"output {destination} cannot be made: {parent} is not writable ({error.strerror}); name another directory"
+        ) from error
 
 
 def _existing_parent(path: Path) -> Path:

@@ -75,7 +75,13 @@ def test_files_fit_the_budget_and_the_report_says_so(written: tuple[Path, str]) 
 def test_the_summary_shows_what_the_report_says(written: tuple[Path, str]) -> None:
     output, printed = written
     report = report_of(output)
-    for part in ("before", "budget (ratio 0.25)", "after", f"{report['bytes']['experts_after']:,}", "Reloaded"):
+    for part in (
+        "before",
+        "budget (ratio 0.25)",
+        "after",
+        f"{report['bytes']['experts_after']:,}",
+        "Reloaded",
+    ):
         assert part in printed
     for domain in report["domains"]:
         assert domain["name"] in printed
@@ -169,9 +175,12 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(written: tuple[Path, str],
     ("options", "ratio"),
     [("[prune, bf16]", 0.5), ("[int2-g64, int4-g64, int8-g64]", 0.3), ("[prune, int4, bf16]", 0.4)],
 )
-def test_pruning_only_and_precision_only_are_the_same_command(tmp_path: Path, options: str, ratio: float) -> None:
-    done = run(prune_command(tmp_path / "out", f"options={options}", f"budget.ratio={ratio}", "quantizer.method=rtn"))
+def test_pruning_only_and_precision_only_are_the_same_command(
+    tmp_path: Path, options: str, ratio: float
+) -> None:
+    done = run(
+        prune_command(tmp_path / "out", f"options={options}", f"budget.ratio={ratio}", "quantizer.method=rtn")
+    )
     assert done.returncode == 0, done.stderr
     report = report_of(tmp_path / "out")
     assert expert_bytes(tmp_path / "out") == report["bytes"]["experts_after"] <= report["bytes"]["budget"]
-

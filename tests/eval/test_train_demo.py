@@ -39,14 +39,15 @@ def _one_thread() -> Iterator[None]:
 
 
 def tiny_config() -> Qwen3MoeConfig:
+    head_dim: Any = {"head_dim": 16}
     return Qwen3MoeConfig(
+        **head_dim,
         vocab_size=64,
         hidden_size=32,
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        head_dim=16,
         num_experts=4,
         num_experts_per_tok=2,
         moe_intermediate_size=32,

@@ -66,6 +66,9 @@ def test_finite_whatever_the_magnitude(case, seed, magnitude, search):
     assert bool(quantized.scale.isfinite().all())
     assert bool((quantized.scale != 0).all())
     assert bool(quantized.dequantize().isfinite().all())
+    if magnitude >= 1e-30:
+        # Not lost to overflow either, though the scales of the very largest weights are limited.
+        assert float(quantized.dequantize().abs().max()) > 0.4 * float((weight * magnitude).abs().max())
     if 1e-30 <= magnitude <= 1e37:
         # Scaling by powers of two apart, the relative error does not depend on the magnitude.
         plain = quantize_rtn(weight, option, search=search).dequantize() - weight

@@ -1,0 +1,138 @@
+"""Reading calibration text, and cutting it into disjoint sequences."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moe_rco.calib.data import cut_sequences, heldout_pool, load_tokenizer, make_pools, read_documents
+from moe_rco.errors import DataError, ModelError
+from moe_rco.recipe import DEMO, DEMO_MODEL, Calibration, DataSource
+
+
+class Words:
+    """A tokenizer that gives every word of the form w12 its number."""
+
+    eos_token_id = None
+
+    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+        return {"input_ids": [int(word[1:]) for word in text.split()]}
+
+
+def calibration(*sources: DataSource, **values: Any) -> Calibration:
+    return Calibration(**{"data": sources, "sequences": 20, "sequence_length": 8, "holdout": 0.25, **values})
+
+
+def write_numbered(path: Path, documents: int, words: int, domain: str | None = None) -> DataSource:
+    """Every token of every document is a different number, so that whatever happens to it can be followed."""
+    first = int(path.stem.lstrip("abcdefghijklmnopqrstuvwxyz") or 0)
+    rows: list[dict[str, str]] = []
+    for number in range(documents):
+        text = " ".join(f"w{first + number * words + word}" for word in range(words))
+        rows.append({"text": text} | ({"domain": domain} if domain else {}))
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return DataSource(data=str(path))
+
+
+def test_sides_share_no_document_and_no_token(tmp_path: Path) -> None:
+    source = write_numbered(tmp_path / "x0.jsonl", documents=30, words=20)
+    train, kept_out = make_pools(calibration(source), Words(), 1000, seed=0)
+    documents = [{int(token) // 20 for token in pool.ids.flatten()} for pool in (train, kept_out)]
+    assert not documents[0] & documents[1]
+    assert len(train) == 15
+    assert len(kept_out) == 5
+    assert train.ids.shape[1] == kept_out.ids.shape[1] == 8
+    tokens = np.concatenate([train.ids.flatten(), kept_out.ids.flatten()])
+    assert len(np.unique(tokens)) == len(tokens)
+
+
+def test_the_seed_decides_the_split(tmp_path: Path) -> None:
+    source = write_numbered(tmp_path / "x0.jsonl", documents=30, words=20)
+    pools = [make_pools(calibration(source), Words(), 1000, seed)[0].ids for seed in (0, 0, 1)]
+    assert (pools[0] == pools[1]).all()
+    assert not (pools[0] == pools[2]).all()
+
+
+def test_weights_share_out_the_sequences_and_domains_are_named(tmp_path: Path) -> None:
+    first = write_numbered(tmp_path / "x0.jsonl", 40, 20, "first")
+    second = write_numbered(tmp_path / "x1000.jsonl", 40, 20)
+    sources = (first, DataSource(data=second.data, weight=3))
+    train, kept_out = make_pools(calibration(*sources), Words(), 5000, seed=0)
+    domains = [*train.domains, *kept_out.domains]
+    assert {name: domains.count(name) for name in set(domains)} == {"first": 5, "x1000": 15}
+    for pool in (train, kept_out):
+        for row, name in zip(pool.ids, pool.domains, strict=True):
+            assert bool((row < 1000).all()) == (name == "first")
+
+
+def test_one_long_text_is_split_at_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text(" ".join(f"w{number}" for number in range(400)))
+    train, kept_out = make_pools(calibration(DataSource(data=str(path))), Words(), 1000, seed=0)
+    assert int(train.ids.max()) < int(kept_out.ids.min())
+    assert set(train.domains) == {"book"}
+
+
+def test_less_text_than_asked_for_gives_what_there_is(tmp_path: Path) -> None:
+    source = write_numbered(tmp_path / "x0.jsonl", documents=6, words=20)
+    train, kept_out = make_pools(calibration(source, sequences=500), Words(), 1000, seed=0)
+    assert len(train) + len(kept_out) in (14, 15)
+
+
+def test_tokens_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:
+    source = write_numbered(tmp_path / "x0.jsonl", documents=30, words=20)
+    with pytest.raises(DataError, match="vocabulary has 100 entries"):
+        make_pools(calibration(source), Words(), 100, seed=0)
+
+
+def test_parquet_columns(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    path = tmp_path / "rows.parquet"
+    Dataset.from_dict({"body": ["one", "two"], "domain": ["a", "b"]}).to_parquet(path)
+    documents = list(read_documents(DataSource(data=str(path)), "body"))
+    assert [(document.text, document.domain) for document in documents] == [("one", "a"), ("two", "b")]
+    with pytest.raises(DataError, match=r"set calibration\.text_field"):
+        list(read_documents(DataSource(data=str(path)), "text"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "fine"}\n{"text": ', "line 2: not JSON"),
+        ("a.jsonl", b"[1, 2]", "line 1: no text in 'text'"),
+        ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
+        ("a.csv", b"a,b", "unknown kind of file"),
+    ],
+)
+def test_unreadable_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        list(read_documents(DataSource(data=str(tmp_path / name)), "text"))
+
+
+def test_cutting_drops_only_the_remainder() -> None:
+    rows = cut_sequences([np.arange(5), np.arange(5, 12)], 4)
+    assert [row.tolist() for row in rows] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert cut_sequences([np.arange(3)], 4) == []
+    assert cut_sequences([], 4) == []
+
+
+def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((DEMO_MODEL / "config.json").read_text())
+    with pytest.raises(ModelError, match="tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_the_demo_is_measured_on_text_that_was_not_calibrated_on() -> None:
+    settings = calibration(DataSource(data=DEMO), sequences=2000, sequence_length=256)
+    tokenizer = load_tokenizer(DEMO_MODEL)
+    train, kept_out = make_pools(settings, tokenizer, 4096, seed=0)
+    heldout = heldout_pool(settings, tokenizer, kept_out)
+    assert set(train.domains) == set(kept_out.domains) == set(heldout.domains)
+    used = {row.numpy().tobytes() for pool in (train, kept_out) for row in pool.ids}
+    assert not used & {row.numpy().tobytes() for row in heldout.ids}

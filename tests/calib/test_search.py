@@ -1,0 +1,151 @@
+"""The Fisher seed and the search, on tiny models: against finite differences, and against their own promises."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from moe_rco.adapters import FAMILIES, get_adapter
+from moe_rco.calib.bank import LayerBank, OptionBank
+from moe_rco.calib.calibrate import Calibrated, calibrate
+from moe_rco.calib.data import TokenPool
+from moe_rco.calib.fisher import fisher_effects
+from moe_rco.calib.objective import AssignedModel
+from moe_rco.calib.reference import divergence
+from moe_rco.calib.runner import Runner
+from moe_rco.calib.search import SEED, KeptOut, SampledLoss, knapsack, rco
+from moe_rco.ckpt.reader import Checkpoint
+from moe_rco.ckpt.store import Store
+from moe_rco.recipe import Search
+from moe_rco.types import Assignment, Budget, Option, Silent
+from tests.compressed import table_of
+from tests.tiny_models import save_tiny
+
+CPU = torch.device("cpu")
+OPTIONS = ("prune", "int3-g64", "int4-g64", "bf16")
+
+
+@dataclass
+class Calibration:
+    model: AssignedModel
+    store: Store
+    pools: tuple[TokenPool, TokenPool]
+    calibrated: Calibrated
+    q: np.ndarray
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def ready(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Calibration:
+    place = tmp_path_factory.mktemp("search")
+    checkpoint = Checkpoint(save_tiny(request.param, place / "model"))
+    adapter = get_adapter(checkpoint.config)
+    table = table_of(checkpoint, OPTIONS)
+    bank = OptionBank(checkpoint, adapter, table, CPU, torch.float32)
+    runner = Runner(checkpoint, adapter, CPU, torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    pools = tuple(
+        TokenPool(torch.randint(0, 96, (n, 16), generator=generator), ("random",) * n) for n in (24, 8)
+    )
+    store = Store(place / "store", "tiny")
+    original = AssignedModel(runner, adapter, checkpoint.config, bank)
+    calibrated = calibrate(original, store, (pools[0], pools[1]), "gptq", Silent())
+    model = AssignedModel(runner, adapter, checkpoint.config, bank, store)
+    q = fisher_effects(model, pools[0], 0, Silent())
+    return Calibration(model, store, (pools[0], pools[1]), calibrated, q)
+
+
+def test_gptq_beats_rounding_on_the_calibration_tokens(ready: Calibration) -> None:
+    for layer in ready.model.table.layers:
+        for name, error in ready.store.stats[str(layer)]["error"].items():
+            assert error["gptq"] < error["rtn"], name
+
+
+def test_usage_counts_every_routed_token(ready: Calibration) -> None:
+    routed = ready.pools[0].ids.numel() * ready.model.top_k
+    for counts in ready.calibrated.usage.counts.values():
+        assert int(counts.sum()) == routed
+
+
+def test_fisher_effects_rank_single_moves_as_the_true_divergence_does(ready: Calibration) -> None:
+    """Random weights make routing jump, so magnitudes may differ; the order over groups and options must hold."""
+    table = ready.model.table
+    truth, predicted = [], []
+    for row in range(0, len(table.groups), 3):
+        for name in ("prune", "int3-g64", "int4-g64"):
+            assignment = Assignment.uniform(table, Option.parse("bf16"))
+            assignment.choice[row] = table.option_index(Option.parse(name))
+            truth.append(ready.model.divergences(assignment, ready.pools[0], ready.calibrated.train).mean())
+            predicted.append(ready.q[row, assignment.choice[row]])
+    assert spearmanr(truth, predicted).statistic > 0.8
+    bf16 = table.option_index(Option.parse("bf16"))
+    assert (ready.q[:, bf16] == 0).all()  # the model is bf16 on disk: nothing moves
+
+
+def test_summed_effects_are_the_derivative_of_the_loss(
+    ready: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All experts move together a small step from 4 bits towards the original; against the loss itself."""
+    model, ids = ready.model, ready.pools[0].ids[:6]
+    reference = ready.calibrated.train.of(slice(0, 6), CPU)
+    step, here, there = 1e-3, 0, 1
+
+    def moving(layer: int, store: Store) -> LayerBank:
+        bank = model.bank._layers[layer]
+        start, end = bank.stacks[2], bank.stacks[bank.original]
+        moved = (start[0] + step * (end[0] - start[0]), start[1] + step * (end[1] - start[1]))
+        return dataclasses.replace(
+            bank, prune_index=None, stacks={here: start, there: moved, bank.original: end}
+        )
+
+    def loss(row: int, logits: torch.Tensor) -> torch.Tensor:
+        return divergence(reference.row(row), logits).double().sum()
+
+    monkeypatch.setattr(model.bank, "layer", moving)
+    groups = len(model.table.groups)
+    before, effects = model.effects(np.full(groups, here), ids, loss)
+    after, _ = model.effects(np.full(groups, there), ids, loss)
+    promised = effects.linear[:, there].sum() * ids.numel()
+    assert promised == pytest.approx(after - before, rel=0.05)
+
+
+def test_samples_of_a_step_share_a_batch_and_steps_do_not(ready: Calibration) -> None:
+    search = Search(samples=2, batch=4, steps=4)
+    loss = SampledLoss(ready.model, ready.q, ready.pools[0], ready.calibrated.train, search)
+    batches = [loss._rows(step).tolist() for step in range(6)]
+    epoch = [row for batch in batches for row in batch]
+    assert sorted(epoch) == list(range(24))
+    assert loss._rows(6).tolist() != batches[0]
+
+
+def test_the_result_is_never_worse_than_a_candidate(ready: Calibration) -> None:
+    table = ready.model.table
+    references = (ready.calibrated.train, ready.calibrated.kept_out)
+    judge = KeptOut(ready.model, ready.pools[1], references[1])
+    for ratio in (0.15, 0.3):
+        budget = Budget(int(table.original_bytes * ratio), "test")
+        random = knapsack(np.random.default_rng(0).random(ready.q.shape), table, budget)
+        chosen = rco(
+            ready.model, budget, ready.q, ready.pools, references, Search(steps=3, samples=2, batch=4),
+            {"random": random}, Silent(),
+        )  # fmt: skip
+        chosen.best.assignment.check(budget)
+        assert {candidate.name for candidate in chosen.candidates} == {SEED, "random", "rco"}
+        for candidate in chosen.candidates:
+            assert candidate.kl == pytest.approx(judge(candidate.assignment.choice))
+            assert chosen.best.kl <= candidate.kl or candidate.name == "rco"
+        assert len(chosen.history) == 3
+        assert max(record.budget_error for record in chosen.history) <= 1e-12
+
+
+def test_where_the_budget_leaves_no_choice_there_is_no_search(ready: Calibration) -> None:
+    table = ready.model.table
+    references = (ready.calibrated.train, ready.calibrated.kept_out)
+    budget = Budget(table.original_bytes, "everything")
+    chosen = rco(ready.model, budget, ready.q, ready.pools, references, Search(), {}, Silent())
+    assert chosen.best.kl == pytest.approx(0, abs=1e-5)
+    assert not chosen.history
