@@ -1,0 +1,84 @@
+"""Every command and every block of code in the README is run, or read by the program that would run it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from moe_rco import cli, recipe
+from moe_rco.recipe import DEMO_MODEL
+from tests.e2e.test_prune import SMALL
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# Run by continuous integration itself: the first installs, the second is what runs this test.
+RUN_BY_CI = ("make demo", "make test", "pip install -c constraints.txt -e .")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> Iterator[str]:
+    for block in blocks("bash"):
+        for line in block.splitlines():
+            if command := line.split("  #")[0].strip():
+                yield command
+
+
+def test_make_commands_exist() -> None:
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = [command.split()[1] for command in commands() if command.startswith("make ")]
+    assert named
+    assert set(named) <= set(targets)
+
+
+def test_links_lead_somewhere() -> None:
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        if not link.startswith("http"):
+            assert (ROOT / link).exists(), link
+
+
+@pytest.mark.parametrize("block", blocks("yaml"))
+def test_recipes_are_valid(block: str) -> None:
+    loaded = recipe.parse(block)
+    assert set(yaml.safe_load(block)) <= set(type(loaded).model_fields)
+
+
+@pytest.mark.slow
+def test_commands_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the demo model in the place of the large one, and little text."""
+    monkeypatch.chdir(tmp_path)
+    little = [part for setting in (*SMALL, "search.steps=0") for part in ("--set", setting)]
+    demo = ["--set", "model=demo", "--set", "calibration.data=demo", "--set", "options=[prune, int4-g64, bf16]"]
+    # What `moe-rco inspect out/demo` looks at is what `make demo` left.
+    first = CliRunner().invoke(cli.app, ["prune", "--recipe", "demo", *little])
+    assert first.exit_code == 0, first.output
+    for command in commands():
+        if command in RUN_BY_CI or command.startswith(("make ", "python -m eval.")):
+            continue
+        words = shlex.split(command.replace("/models/Qwen3-30B-A3B", str(DEMO_MODEL)))
+        assert words.pop(0) == "moe-rco"
+        if words[0] == "prune":
+            words = [*words, *demo, *little, "--set", "output=out/mine", "--set", "budget.bytes=4MiB"]
+        result = CliRunner().invoke(cli.app, words)
+        assert result.exit_code == 0, (command, result.output, result.exception)
+    assert (tmp_path / "out" / "mine" / "report.json").is_file()
+
+
+@pytest.mark.slow
+def test_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    load = recipe.load
+    monkeypatch.setattr("moe_rco.load_recipe", lambda name, settings: load(name, [*settings, *SMALL]), raising=False)
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "bytes, KL 0." in printed
+    assert "Question: What is 47 + 38?" in printed
