@@ -41,7 +41,7 @@ from eval.optimizer import build_optimizers
 
 BALANCE = 0.01
 WARM_UP, DECAY_FROM, LONG_FROM = 0.02, 0.4, 0.75
-MUON_LR, ADAM_LR = 0.01, 3e-3
+MUON_LR, ADAM_LR = 0.007, 2.1e-3
 
 
 def balance_loss(routed: list[tuple[Tensor, Tensor]]) -> Tensor:
