@@ -137,7 +137,10 @@ def _check_resources(sized: Sized, ready: Ready | None, overwrite: bool) -> None
             "use fewer options or fewer calibration sequences"
         )
     check_destination(
-        Path(recipe.output), overwrite=overwrite, needed_bytes=_disk(sized, ready), keep=recipe.model_directory
+        Path(recipe.output),
+        overwrite=overwrite,
+        needed_bytes=_disk(sized, ready),
+        keep=recipe.model_directory,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -78,17 +79,7 @@ def build_report(
             Candidate(name=tried.name, kl=tried.kl, cost=tried.assignment.cost) for tried in chosen.candidates
         ),
         winner=chosen.best.name,
-        domains=tuple(
-            Domain(
-                name=score.name,
-                tokens=score.tokens,
-                loss_before=score.loss_before,
-                loss_after=score.loss_after,
-                kl=score.kl,
-                kl_stderr=score.kl_stderr,
-            )
-            for score in scores.domains
-        ),
+        domains=tuple(Domain(**dataclasses.asdict(score)) for score in scores.domains),
         kl=scores.all.kl,
         kl_stderr=scores.all.kl_stderr,
         quantizer=_quantizer(recipe.quantizer.method, store, table),

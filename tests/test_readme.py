@@ -56,7 +56,14 @@ def test_commands_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """With the demo model in the place of the large one, and little text."""
     monkeypatch.chdir(tmp_path)
     little = [part for setting in (*SMALL, "search.steps=0") for part in ("--set", setting)]
-    demo = ["--set", "model=demo", "--set", "calibration.data=demo", "--set", "options=[prune, int4-g64, bf16]"]
+    demo = [
+        "--set",
+        "model=demo",
+        "--set",
+        "calibration.data=demo",
+        "--set",
+        "options=[prune, int4-g64, bf16]",
+    ]
     # What `moe-rco inspect out/demo` looks at is what `make demo` left.
     first = CliRunner().invoke(cli.app, ["prune", "--recipe", "demo", *little])
     assert first.exit_code == 0, first.output
@@ -73,10 +80,14 @@ def test_commands_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.slow
-def test_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_python_block_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     load = recipe.load
-    monkeypatch.setattr("moe_rco.load_recipe", lambda name, settings: load(name, [*settings, *SMALL]), raising=False)
+    monkeypatch.setattr(
+        "moe_rco.load_recipe", lambda name, settings: load(name, [*settings, *SMALL]), raising=False
+    )
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), {})
     printed = capsys.readouterr().out

@@ -131,10 +131,7 @@ def _quantise(layer: int, observer: _Observer, options: list[Option], table: Cos
     hessians = []
     for accumulator in (observer.inputs, observer.hidden):
         if accumulator is not None:
-            means = accumulator.hessians()
-            # As many tokens as the matrix has directions is the least that can make it regular.
-            shrunk = shrink(means, accumulator.counts, min_tokens=means.shape[-1])
-            hessians.append(shrunk)
+            hessians.append(shrink(accumulator.hessians(), accumulator.counts))
     if hessians:
         store.update_stats(layer, {"undersampled": sorted({*hessians[0].experts, *hessians[1].experts})})
     for option in options:

@@ -126,7 +126,9 @@ def load_tokenizer(directory: Path) -> Any:
         tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{directory}: no usable tokenizer ({reason}); copy the model's tokenizer files there") from error
+        raise ModelError(
+            f"{directory}: no usable tokenizer ({reason}); copy the model's tokenizer files there"
+        ) from error
     if not tokenizer("Any text has tokens.")["input_ids"]:  # made up by transformers where there are no files
         raise ModelError(f"{directory}: no tokenizer; copy the model's tokenizer files there")
     return tokenizer

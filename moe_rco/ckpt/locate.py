@@ -6,15 +6,21 @@ import json
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+import httpx2
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
 
 from moe_rco.ckpt.reader import COMPANIONS, CONFIG, INDEX
 from moe_rco.errors import ModelError
 from moe_rco.recipe import Recipe
 
-# The default lets a dead connection hang for longer than a user waits.
 TIMEOUT = 10
+"""Seconds to wait for the Hub's first answer."""
 
 
 def read_config(recipe: Recipe) -> dict[str, Any]:
@@ -36,19 +42,33 @@ def fetch_model(recipe: Recipe) -> Path:
 
 
 def _from_hub(recipe: Recipe, config_only: bool) -> str:
+    """Path of a Hub model's config.json, or of the directory of the whole model."""
     name = recipe.model
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
         raise ModelError(f"no model directory '{name}' (and it is not a Hub name such as Qwen/Qwen3-30B-A3B)")
     try:
+        offline = not _reachable(recipe)
         if config_only:
-            return hf_hub_download(name, CONFIG, revision=recipe.revision, etag_timeout=TIMEOUT)
+            return hf_hub_download(name, CONFIG, revision=recipe.revision, local_files_only=offline)
         patterns = [CONFIG, INDEX, "*.safetensors", *COMPANIONS]
         return snapshot_download(
-            name, revision=recipe.revision, allow_patterns=patterns, etag_timeout=TIMEOUT
+            name, revision=recipe.revision, allow_patterns=patterns, local_files_only=offline
         )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        if isinstance(error, LocalEntryNotFoundError):
+            reason = "it cannot be reached, and the model is not in the local cache"
+        else:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"model '{name}' is not a local directory and could not be fetched from the Hugging Face Hub ({first}); "
+            f"model '{name}' is not a local directory and could not be fetched from the Hugging Face Hub ({reason}); "
             "download it elsewhere and name its directory: --set model=/path/to/model"
         ) from error
+
+
+def _reachable(recipe: Recipe) -> bool:
+    """Whether the Hub answers. Asked first, because downloads retry a dead connection for half a minute."""
+    try:
+        HfApi().model_info(recipe.model, revision=recipe.revision, timeout=TIMEOUT)
+    except (httpx2.TransportError, OfflineModeIsEnabled):
+        return False
+    return True
