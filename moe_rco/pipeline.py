@@ -44,6 +44,8 @@ from moe_rco.types import Assignment, Budget, Progress, Silent
 RELOAD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 """Largest difference of a logit between the written and the searched model; routing may differ by rounding in bfloat16."""
 RELOAD_SEQUENCES = 4
+MEASURED_LOGITS = 1 << 23
+"""Logits computed at once when measuring, of each of the two models."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,8 @@ def verify(
             "nothing was put in place"
         )
     reload = Reload(max_logit_difference=difference, tolerance=tolerance, passed=True)
-    return reload, measure(before, after, pool, progress)
+    batch = max(1, MEASURED_LOGITS // (pool.ids.shape[1] * model.runner.vocab_size))
+    return reload, measure(before, after, pool, progress, batch)
 
 
 def load_model(directory: Path, device: torch.device, dtype: torch.dtype) -> Any:
