@@ -52,8 +52,14 @@ def prepare(corpus: Path, cache: Path) -> None:
 class Batches:
     """Batch ``step`` depends only on the seed and the step, so that a resumed run sees the same batches."""
 
-    def __init__(self, streams: dict[str, np.ndarray], question: int | None, seed: int) -> None:
-        self.streams, self.seed = streams, seed
+    def __init__(
+        self,
+        streams: dict[str, np.ndarray],
+        question: int | None,
+        seed: int,
+        mix: dict[str, float] | None = None,
+    ) -> None:
+        self.streams, self.seed, self.mix = streams, seed, mix or MIX
         # Arithmetic windows start at a question, often without the end-of-text token before it, so that the
         # model also answers a bare prompt.
         self.starts = {"arithmetic": np.flatnonzero(streams["arithmetic"] == question)} if question else {}
@@ -61,7 +67,7 @@ class Batches:
     def draw(self, step: int, sequences: int, length: int) -> Tensor:
         rng = np.random.default_rng((self.seed, step))
         names = list(self.streams)
-        weights = np.array([MIX[name] for name in names])
+        weights = np.array([self.mix[name] for name in names])
         rows = []
         for pick in rng.choice(len(names), size=sequences, p=weights / weights.sum()):
             stream, starts = self.streams[names[pick]], self.starts.get(names[pick])
@@ -73,9 +79,11 @@ class Batches:
         return torch.from_numpy(np.stack(rows).astype(np.int64))
 
 
-def load(cache: Path, seed: int) -> tuple[PreTrainedTokenizerFast, Batches]:
+def load(
+    cache: Path, seed: int, mix: dict[str, float] | None = None
+) -> tuple[PreTrainedTokenizerFast, Batches]:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(cache / "tokenizer")
     streams = {domain: np.load(cache / f"{domain}.npy") for domain in DOMAINS}
     question = tokenizer.convert_tokens_to_ids("Question")
     assert isinstance(question, int)
-    return tokenizer, Batches(streams, question, seed)
+    return tokenizer, Batches(streams, question, seed, mix)

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 import eval.experts  # noqa: F401  (registers the "sorted" experts)
-from eval.batches import Batches, load, prepare
+from eval.batches import MIX, Batches, load, prepare
 from eval.cpu_kernels import chunked_cross_entropy
 from eval.demo_configs import demo_config
 from eval.optimizer import build_optimizers
@@ -182,13 +182,16 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--length", type=int, default=256, help="tokens a sequence, twice as many at the end")
     parser.add_argument("--batch-tokens", type=int, default=8192)
+    parser.add_argument(
+        "--mix", type=float, nargs=4, default=list(MIX.values()), metavar="W", help=f"weights of {', '.join(MIX)}"
+    )
     parser.add_argument("--every", type=int, default=200, help="steps between checkpoints and exports")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(1)
     cache = args.cache or args.corpus / "cache"
     prepare(args.corpus, cache)
-    tokenizer, batches = load(cache, args.seed)
+    tokenizer, batches = load(cache, args.seed, dict(zip(MIX, args.mix, strict=True)))
     trainer = Trainer(demo_config(args.model), batches, args.seed)
     saved = (args.run or Path("eval/runs") / args.model) / "checkpoint.pt"
     if saved.exists():
