@@ -33,7 +33,7 @@ class _Commands(click.Group):
             click.echo(f"error: {_one_line(error)}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
+            click.echo("interrupted; prune goes on where it was when run again", err=True)
             ctx.exit(EXIT_INTERRUPTED)
 
 
