@@ -183,7 +183,12 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256, help="tokens a sequence, twice as many at the end")
     parser.add_argument("--batch-tokens", type=int, default=8192)
     parser.add_argument(
-        "--mix", type=float, nargs=4, default=list(MIX.values()), metavar="W", help=f"weights of {', '.join(MIX)}"
+        "--mix",
+        type=float,
+        nargs=4,
+        default=list(MIX.values()),
+        metavar="W",
+        help=f"weights of {', '.join(MIX)}",
     )
     parser.add_argument("--every", type=int, default=200, help="steps between checkpoints and exports")
     parser.add_argument("--seed", type=int, default=1)

@@ -246,4 +246,4 @@ def test_debug_shows_the_traceback(how: str) -> None:
 def test_interrupt() -> None:
     result = run_fault("KeyboardInterrupt", "validate", "x")
     assert result.returncode == 130
-    assert result.stderr.strip() .startswith("interrupted")
+    assert result.stderr.startswith("interrupted")
