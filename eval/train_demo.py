@@ -7,12 +7,13 @@
     python -m eval.train_demo --corpus DIR --model mixtral --out eval/models/mixtral --minutes 25
     python -m eval.train_demo --corpus DIR --model qwen2_moe --out eval/models/qwen2_moe --minutes 25
 
-The shipped models are not the ones these commands give to the byte: they were trained by the clock on a shared machine, one core
-each, with interruptions. The demo model had 1,143 steps of 8,192 tokens at 1.4 times today's learning rates, then went on from its
-checkpoint with steps of 2,048 tokens (which learn more from the same text) up to about step 5,920, and from there up to step 9,360 with
-``--mix 0.55 0.22 0.15 0.08``, because prose was the domain furthest from done: 26.2 million tokens in all. Mixtral had 744 and
-Qwen2-MoE 499 steps of 8,192 tokens. The MALLOC variables keep freed memory in the process; without them page faults take a
-third of a step.
+The shipped models are not the ones these commands give to the byte: they were trained by the clock on a
+shared machine, one core each, with interruptions. The demo model had 1,143 steps of 8,192 tokens at 1.4 times
+today's learning rates, then went on from its checkpoint with steps of 2,048 tokens (which learn more from the
+same text) up to about step 5,920, and from there up to step 9,360 with ``--mix 0.55 0.22 0.15 0.08``, because
+prose was the domain furthest from done: 26.2 million tokens in all. Mixtral had 744 and Qwen2-MoE 499 steps
+of 8,192 tokens. The MALLOC variables keep freed memory in the process; without them page faults take a third
+of a step.
 
 The learning rate warms up, stays, and falls linearly to zero over the last part of the run, whose length is
 ``--steps`` or ``--minutes``, whichever ends first. The last quarter of the run has sequences of twice the
