@@ -17,7 +17,7 @@ demo: $(VENV)/.installed
 	$(BIN)/moe-rco prune --recipe recipes/demo.yaml --overwrite
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Settings for every test: no network, few threads, no colour; and a recipe to start from."""
+"""Settings for every test: no network, one thread, no colour; and a recipe to start from."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and their tensors are small
 for _name in ("FORCE_COLOR", "COLUMNS", "MOE_RCO_DEBUG"):
     os.environ.pop(_name, None)
 
