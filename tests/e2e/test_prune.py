@@ -153,7 +153,13 @@ def test_dry_run_writes_nothing(tmp_path: Path) -> None:
 def test_an_interrupted_run_goes_on_and_ends_the_same(written: tuple[Path, str], tmp_path: Path) -> None:
     output = tmp_path / "demo"
     arguments = prune_command(output)
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
+    # A shell starts background jobs with SIGINT ignored, and a child would inherit that.
+    process = subprocess.Popen(
+        arguments,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     state = output.with_name("demo.work") / "search.safetensors"
     deadline = time.monotonic() + 250
     while not state.exists() and process.poll() is None and time.monotonic() < deadline:
