@@ -30,22 +30,28 @@ def bits(name: str) -> int:
         return int(digits) if digits.isdecimal() else 16
 
 
+def _precision(name: str) -> tuple[int, int, str]:
+    """Sorts options of as many bits by their group size, the finest last."""
+    try:
+        group = Option.parse(name).group_size
+    except RecipeError:
+        group = None
+    return bits(name), -(group or 1 << 30), name
+
+
 def legend(layers: Sequence[Sequence[str]]) -> tuple[Key, ...]:
     """The options that occur, fewest bits first; no two share a symbol.
 
     `layers` holds the name of each expert's option. Symbols are `.` for pruned, `F` for 16 bits or more, and
-    the number of bits; a second option of as many bits (another group size) gets a letter.
+    the number of bits; of several options of as many bits (other group sizes) the rarer ones get letters.
     """
     counts = Counter(name for layer in layers for name in layer)
-    names = sorted(counts, key=lambda name: (bits(name), name))
+    names = sorted(counts, key=_precision)
     kept = [name for name in names if bits(name) > 0]
-    spare = iter(letter for letter in string.ascii_lowercase)
-    used: set[str] = set()
-    keys: list[Key] = []
-    for name in names:
+    spare = iter(string.ascii_lowercase)
+    symbols: dict[str, str] = {}
+    for name in sorted(names, key=lambda name: -counts[name]):
         symbol = "." if bits(name) == 0 else "F" if bits(name) >= 16 else str(bits(name))[-1]
-        symbol = next(spare) if symbol in used else symbol
-        used.add(symbol)
-        shade = kept.index(name) / max(1, len(kept) - 1) if name in kept else None
-        keys.append(Key(name, symbol, shade, counts[name]))
-    return tuple(keys)
+        symbols[name] = next(spare) if symbol in symbols.values() else symbol
+    shades = {name: index / max(1, len(kept) - 1) for index, name in enumerate(kept)}
+    return tuple(Key(name, symbols[name], shades.get(name), counts[name]) for name in names)
