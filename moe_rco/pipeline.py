@@ -33,8 +33,7 @@ from moe_rco.ckpt.rewrite import rewrite
 from moe_rco.ckpt.state import SavedState
 from moe_rco.ckpt.store import Store
 from moe_rco.errors import MoeRcoError
-from moe_rco.plan import Plan
-from moe_rco.plan import costs_digest as plan_costs
+from moe_rco.plan import Plan, costs_digest
 from moe_rco.recipe import Recipe
 from moe_rco.report import Preflight, Reload, Report
 from moe_rco.reporting import build_report
@@ -131,7 +130,7 @@ def prepare(ready: checks.Ready, work: Path, progress: Progress) -> Prepared:
     model = AssignedModel(runner, sized.adapter, checkpoint.config, bank, store)
     # The options decide the table's columns; the rest of what the effects depend on is in the store's fingerprint.
     saved = SavedState(
-        work / "effects.safetensors", f"{store.fingerprint} {plan_costs(sized.table)} {recipe.search.seed}"
+        work / "effects.safetensors", f"{store.fingerprint} {costs_digest(sized.table)} {recipe.search.seed}"
     )
     state = saved.load()
     effects = (
