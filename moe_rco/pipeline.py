@@ -93,7 +93,6 @@ def prune(recipe: Recipe, *, progress: Progress | None = None, overwrite: bool =
     staged = work / "checkpoint"
     written = rewrite(
         checkpoint,
-        sized.adapter,
         assignment,
         plan,
         prepared.store,

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from moe_rco.calib.measure import Score
 from moe_rco.errors import PlanError
 
 FILE_NAME = "report.json"
@@ -59,17 +60,6 @@ class Candidate(_Part):
     name: str
     kl: float
     cost: int
-
-
-class Domain(_Part):
-    """Held-out text of one kind. Losses and KL in nats per token, the standard error over sequences."""
-
-    name: str
-    tokens: int
-    loss_before: float
-    loss_after: float
-    kl: float
-    kl_stderr: float
 
 
 class QuantizerOption(_Part):
@@ -129,7 +119,7 @@ class Report(_Part):
     counts: dict[str, int]
     candidates: tuple[Candidate, ...]
     winner: str
-    domains: tuple[Domain, ...]
+    domains: tuple[Score, ...]
     kl: float
     kl_stderr: float
     quantizer: QuantizerPart

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -18,7 +17,6 @@ from moe_rco.report import (
     BudgetPart,
     BytesPart,
     Candidate,
-    Domain,
     Layer,
     QuantizerOption,
     QuantizerPart,
@@ -79,7 +77,7 @@ def build_report(
             Candidate(name=tried.name, kl=tried.kl, cost=tried.assignment.cost) for tried in chosen.candidates
         ),
         winner=chosen.best.name,
-        domains=tuple(Domain(**dataclasses.asdict(score)) for score in scores.domains),
+        domains=scores.domains,
         kl=scores.all.kl,
         kl_stderr=scores.all.kl_stderr,
         quantizer=_quantizer(recipe.quantizer.method, store, table),

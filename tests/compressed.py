@@ -37,7 +37,6 @@ class Job:
     ) -> RewriteResult:
         return rewrite(
             self.checkpoint,
-            self.adapter,
             self.assignment,
             self.plan,
             self.store,

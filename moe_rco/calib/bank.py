@@ -37,6 +37,11 @@ class LayerBank:
     def num_experts(self) -> int:
         return len(self.stacks[self.original][0])
 
+    def gated(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """Gate and up projections [n, 2I] to what goes into the down projection, [n, I]."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.activation(gate) * up
+
     def weights(self, expert: int, option: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(gate and up [2I, H], down [H, I]) of one expert under an option."""
         gate_up, down = self.stacks[option]

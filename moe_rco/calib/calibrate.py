@@ -9,12 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 
 from moe_rco.adapters import route
 from moe_rco.calib.bank import LayerBank
 from moe_rco.calib.data import TokenPool
-from moe_rco.calib.dispatch import by_expert
+from moe_rco.calib.moe import run_experts
 from moe_rco.calib.objective import AssignedModel
 from moe_rco.calib.reference import Reference
 from moe_rco.ckpt.store import Store
@@ -67,20 +66,16 @@ class _Observer:
     def __call__(self, layer: int, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         weights, ids = route(logits, self._top_k, self._renormalise)
         y = torch.zeros_like(x)
-        for expert, (token, slot) in enumerate(by_expert(ids, self.bank.num_experts)):
-            if not len(token):
-                continue
-            gate_up, down = self.bank.weights(expert, self.bank.original)
-            gate, up = F.linear(x[token], gate_up).chunk(2, dim=-1)
-            hidden, weight = self.bank.activation(gate) * up, weights[token, slot]
-            output = F.linear(hidden, down) * weight.to(x.dtype)[:, None]
-            y.index_add_(0, token, output)
+        for at in run_experts(self.bank, [self.bank.original] * self.bank.num_experts, x, ids):
+            weight = weights[at.token, at.slot]
+            output = at.output * weight.to(x.dtype)[:, None]
+            y.index_add_(0, at.token, output)
             if self.recording:
-                self.counts[expert] += len(token)
-                self.saliency[expert] += float(output.float().norm(dim=-1).sum())
+                self.counts[at.expert] += len(at.token)
+                self.saliency[at.expert] += float(output.float().norm(dim=-1).sum())
                 if self.inputs is not None and self.hidden is not None:
-                    self.inputs.add(expert, x[token], weight.square())
-                    self.hidden.add(expert, hidden, weight.square())
+                    self.inputs.add(at.expert, x[at.token], weight.square())
+                    self.hidden.add(at.expert, at.hidden, weight.square())
         return y
 
 

@@ -7,6 +7,7 @@ hand. Weight gradients are never formed.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,6 +19,33 @@ from moe_rco.adapters import route
 from moe_rco.calib.bank import LayerBank
 from moe_rco.calib.dispatch import by_expert
 from moe_rco.calib.effects import EffectSums, Tokens, observe
+
+
+@dataclass(frozen=True)
+class Routed:
+    """One expert at work on the tokens routed to it; `token` and `slot` int64 [n] say which and in which column of the ids.
+
+    before [n, 2I] is gate and up, hidden [n, I] what goes into the down projection, output [n, H] what comes out of it.
+    """
+
+    expert: int
+    token: torch.Tensor
+    slot: torch.Tensor
+    before: torch.Tensor
+    hidden: torch.Tensor
+    output: torch.Tensor
+
+
+def run_experts(
+    bank: LayerBank, choice: Sequence[int], x: torch.Tensor, ids: torch.Tensor
+) -> Iterator[Routed]:
+    """Every expert that x [T, H] is routed to by ids [T, k], in order, before the routing weights."""
+    for expert, (token, slot) in enumerate(by_expert(ids, len(choice))):
+        if len(token):
+            gate_up, down = bank.weights(expert, choice[expert])
+            before = F.linear(x[token], gate_up)
+            hidden = bank.gated(before)
+            yield Routed(expert, token, slot, before, hidden, F.linear(hidden, down))
 
 
 @dataclass(frozen=True)
@@ -40,14 +68,10 @@ class LayerState:
         prune = self.bank.prune_index
         return torch.tensor([option != prune for option in self.choice], device=self.bank.device)
 
-    def hidden(self, gate_up: torch.Tensor) -> torch.Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self.bank.activation(gate) * up
-
     def expert(self, x: torch.Tensor, expert: int, option: int) -> torch.Tensor:
         """Output [n, H] of one expert with the weights of an option, before the routing weight."""
         gate_up, down = self.bank.weights(expert, option)
-        return F.linear(self.hidden(F.linear(x, gate_up)), down)
+        return F.linear(self.bank.gated(F.linear(x, gate_up)), down)
 
     def forward(self, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """x [T, H] and router logits [T, E] to the routed experts' output [T, H]; differentiable in both."""
@@ -66,14 +90,9 @@ class _Routed(torch.autograd.Function):
         state: LayerState,
     ) -> torch.Tensor:
         y, saved = torch.zeros_like(x), []
-        for expert, (token, slot) in enumerate(by_expert(ids, len(state.choice))):
-            if not len(token):
-                continue
-            gate_up, down = state.bank.weights(expert, state.choice[expert])
-            before = F.linear(x[token], gate_up)
-            output = F.linear(state.hidden(before), down)
-            y.index_add_(0, token, output * weights[token, slot, None])
-            saved.append((expert, token, slot, before, output))
+        for at in run_experts(state.bank, state.choice, x, ids):
+            y.index_add_(0, at.token, at.output * weights[at.token, at.slot, None])
+            saved.append((at.expert, at.token, at.slot, at.before, at.output))
         ctx.state, ctx.saved = state, saved
         ctx.save_for_backward(x, weights, ids, logits)
         return y
@@ -90,7 +109,7 @@ class _Routed(torch.autograd.Function):
             score[token, slot] = (here * output).sum(-1)
             with torch.enable_grad():
                 leaf = before.detach().requires_grad_()
-                hidden = state.hidden(leaf)
+                hidden = state.bank.gated(leaf)
             (grad_before,) = torch.autograd.grad(hidden, leaf, (here * weights[token, slot, None]) @ down)
             grad_x.index_add_(0, token, grad_before @ gate_up)
         if state.observe is not None:

@@ -39,7 +39,6 @@ class RewriteResult:
 
 def rewrite(
     checkpoint: Checkpoint,
-    adapter: Adapter,
     assignment: Assignment,
     plan: Plan,
     store: Store,
