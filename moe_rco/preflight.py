@@ -149,6 +149,11 @@ def _preflight(sized: Sized, ready: Ready | None) -> Preflight:
     sequences, holdout = recipe.calibration.sequences, recipe.calibration.holdout_sequences
     if ready is not None:
         sequences, holdout = sum(len(pool) for pool in ready.pools), len(ready.pools[1])
+    warnings = ()
+    if sequences < recipe.calibration.sequences:
+        warnings = (
+            f"the calibration text gives {sequences} sequences, fewer than the {recipe.calibration.sequences} asked for",
+        )
     return Preflight(
         model=recipe.model,
         family=sized.adapter.model_type,
@@ -173,6 +178,7 @@ def _preflight(sized: Sized, ready: Ready | None) -> Preflight:
         disk_needed=_disk(sized, ready),
         disk_free=shutil.disk_usage(_existing(Path(recipe.output))).free,
         memory=_memory(sized, ready),
+        warnings=warnings,
     )
 
 
@@ -189,10 +195,12 @@ def _disk(sized: Sized, ready: Ready | None) -> int:
 
 def _memory(sized: Sized, ready: Ready | None) -> int:
     """Bytes the run holds: every option of every expert, the rest of the model, activations and references."""
-    table, calibration = sized.table, sized.recipe.calibration
+    table = sized.table
     dtype = resolve_dtype(sized.recipe, resolve_device(sized.recipe))
     kept = 1 + sum(not option.is_prune for option in table.options)
     hidden, _ = sized.adapter.expert_shape(sized.config)
     per_token = hidden * dtype.itemsize + TOP * 8
     others = 0 if ready is None else 2 * output_bytes(ready.checkpoint, sized.adapter, 0)
-    return LIBRARIES + table.numel * dtype.itemsize * kept + others + calibration.tokens * per_token
+    pools = None if ready is None else ready.pools
+    tokens = sized.recipe.calibration.tokens if pools is None else sum(pool.ids.numel() for pool in pools)
+    return LIBRARIES + table.numel * dtype.itemsize * kept + others + tokens * per_token
