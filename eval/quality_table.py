@@ -16,7 +16,8 @@ def render(records: Records, methods: Sequence[str]) -> str:
     cases = list(dict.fromkeys((record["model"], record["ratio"]) for record in records))
     parts = ["# Held-out KL at equal bytes\n", _INTRODUCTION, *_summary(records, cases, methods)]
     for case in cases:
-        parts += _case(_of(records, case), *case, methods)
+        tried = {record["method"] for record in records if (record["model"], record["ratio"]) == case}
+        parts += _case(_of(records, case), *case, [method for method in methods if method in tried])
     return "\n".join(parts) + "\n"
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from moe_rco._version import __version__
-from moe_rco.errors import OutputError, UserError
+from moe_rco.errors import OutputError, ScoringError, UserError
 
 EXIT_INTERRUPTED = 130
 _DEBUG_VARIABLE = "MOE_RCO_DEBUG"
@@ -33,7 +33,7 @@ class _Commands(click.Group):
             click.echo(f"error: {_one_line(error)}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo("interrupted; prune goes on where it was when run again", err=True)
+            click.echo("interrupted; run the same command again to go on", err=True)
             ctx.exit(EXIT_INTERRUPTED)
 
 
@@ -171,6 +171,106 @@ def init(model_dir: str, output: str | None) -> None:
     except OSError as error:
         raise OutputError(f"{output} cannot be written: {error.strerror}") from error
     click.echo(f"wrote {output}; next: moe-rco prune --recipe {output} --dry-run")
+
+
+@app.command(
+    context_settings={"ignore_unknown_options": True},
+    epilog=_example(
+        "moe-rco serve out/demo",
+        "moe-rco serve out/qwen3 --tensor-parallel-size 2 --max-model-len 8192 --port 8001",
+        "moe-rco serve out/qwen3 --dry-run",
+    ),
+)
+@click.argument("directory")
+@click.argument("vllm_options", nargs=-1, type=click.UNPROCESSED)
+@click.option("--dry-run", is_flag=True, help="Show what memory it takes, and stop.")
+@_debug_option
+def serve(directory: str, vllm_options: tuple[str, ...], dry_run: bool) -> None:
+    """Check a model's files and memory, then run `vllm serve` on it.
+
+    DIRECTORY holds what `prune` wrote, or any supported model. Every option that is not ours goes to vLLM.
+    """
+    from moe_rco import console, serving
+
+    plan = serving.plan_serving(directory, vllm_options)
+    console.show_serving(plan)
+    if not dry_run:
+        serving.start(plan)
+
+
+@app.command(
+    "eval",
+    epilog=_example(
+        "moe-rco eval out/demo",
+        "moe-rco eval out/qwen3 --backend vllm --tasks default",
+        "moe-rco eval out/qwen3 --tasks hellaswag,gsm8k --limit 200 --baseline /models/Qwen3-30B-A3B",
+        "moe-rco eval /models/Qwen3-30B-A3B --tasks mytask --include-path my-tasks --output scores",
+    ),
+)
+@click.argument("directory")
+@click.option(
+    "--tasks",
+    multiple=True,
+    metavar="NAMES",
+    help="lm-eval tasks, groups or tags, separated by commas, or the suites default and generative. "
+    "Without it: demo for the demo model, otherwise default.",
+)
+@click.option(
+    "--backend", default="hf", metavar="NAME", help="What runs the model: hf (the default) or vllm."
+)
+@click.option(
+    "--baseline",
+    metavar="MODEL",
+    help="Compare with this directory or Hub model; otherwise with the original.",
+)
+@click.option("--no-baseline", is_flag=True, help="Do not score the original.")
+@click.option("--limit", type=click.IntRange(min=1), help="Score this many items of each task.")
+@click.option(
+    "--num-fewshot", type=click.IntRange(min=0), help="Examples in the prompt; otherwise the task's."
+)
+@click.option("--batch-size", type=click.IntRange(min=1), help="Items at a time; otherwise by the device.")
+@click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1; for the backend hf.")
+@click.option(
+    "--model-arg",
+    "model_args",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Passed to lm-eval's backend; repeatable.",
+)
+@click.option(
+    "--include-path", "include_paths", multiple=True, metavar="DIR", help="Your own lm-eval task files."
+)
+@click.option("--allow-code", is_flag=True, help="Allow tasks that run code written by the model.")
+@click.option("--output", metavar="DIR", help="Where lm-eval's output goes, instead of DIRECTORY/eval.")
+@_debug_option
+def eval_(
+    directory: str, tasks: tuple[str, ...], baseline: str | None, no_baseline: bool, **options: Any
+) -> None:
+    """Score a model with lm-eval, beside the original it was made from.
+
+    DIRECTORY holds what `prune` wrote, or any model. Scores, their differences and whether these are more than chance are shown
+    and, for what `prune` wrote, kept in its report.json.
+    """
+    from moe_rco import console, console_scores, scoring
+
+    scoring.needs_installed(options["backend"])
+    if baseline is not None and no_baseline:
+        raise ScoringError("--baseline and --no-baseline contradict each other; leave one out")
+
+    output = options.pop("output")
+    chosen = scoring.make_settings(
+        tasks=tasks or (("demo",) if scoring.is_demo(directory) else ("default",)), **options
+    )
+    outcome = scoring.evaluate(
+        directory,
+        chosen,
+        baseline=baseline,
+        compare_to_original=not no_baseline,
+        output=output,
+        progress=console.RichProgress(),
+        say=lambda line: click.echo(line, err=True),
+    )
+    console_scores.show_scores(outcome)
 
 
 def main() -> None:

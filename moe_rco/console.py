@@ -21,13 +21,19 @@ from rich.text import Text
 
 from moe_rco.heatmap import Key, legend
 from moe_rco.inspection import Inspection
-from moe_rco.report import Preflight, Report
+from moe_rco.report import Preflight, Report, StockPart
+from moe_rco.serving import ServePlan
 from moe_rco.units import format_duration, format_size
 
 # Eight steps of viridis: ordered in lightness too, so that they read in grey and by colour-blind eyes.
 _VIRIDIS = ("#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#fde725")
 _FIRST_LIGHT = 4
 _QUIET_SECONDS = 10.0
+
+_LAYOUTS = {
+    "mixed": "mixed: every expert has its own precision",
+    "stock": "stock: equally many experts in every layer, one precision per layer",
+}
 
 Layers = Sequence[tuple[int, Sequence[str]]]
 
@@ -115,6 +121,7 @@ def show_preflight(preflight: Preflight, console: Console | None = None) -> None
     table.add_row(
         "family", f"{p.family}: {p.layers} MoE layers x {p.experts_per_layer} experts, {p.top_k} per token"
     )
+    table.add_row("layout", _LAYOUTS[p.layout])
     for option in p.options:
         table.add_row("option", f"{option.name}: {format_size(option.bytes_per_expert)} per expert")
     share = _share(p.budget.bytes, p.experts_before)
@@ -132,6 +139,20 @@ def show_preflight(preflight: Preflight, console: Console | None = None) -> None
     for warning in p.warnings:
         console.print(f"note: {warning}", style="yellow", soft_wrap=True)
     console.print("Nothing was written.")
+
+
+def show_serving(plan: ServePlan, console: Console | None = None) -> None:
+    """What `serve` says before vLLM takes over."""
+    console = console or stdout()
+    each = f" on each of {plan.devices}" if plan.devices > 1 else ""
+    table = _table("", "")
+    table.add_row("device", f"{plan.device}{each}, {format_size(plan.available)} usable")
+    table.add_row("weights", f"{_bytes(plan.weights)}{each}")
+    table.add_row("KV cache", f"{format_size(plan.kv_cache)} for one sequence of {plan.context:,} tokens")
+    table.add_row("command", " ".join(("vllm serve", str(plan.directory), *plan.options)))
+    for name, value in plan.environment.items():
+        table.add_row("set", f"{name}={value}")
+    _show(console, f"Serve: {plan.directory}", table)
 
 
 def show_summary(report: Report, console: Console | None = None) -> None:
@@ -161,6 +182,8 @@ def show_summary(report: Report, console: Console | None = None) -> None:
         few = report.quantizer.undersampled_experts
         console.print(f"{few} experts saw too few calibration tokens for statistics of their own.\n")
     show_map([(layer.layer, layer.options) for layer in report.layers], console)
+    if report.stock is not None:
+        _show_stock(report.stock, console)
 
     state = "agrees with" if report.reload.passed else "DIFFERS from"
     console.print(
@@ -172,12 +195,30 @@ def show_summary(report: Report, console: Console | None = None) -> None:
     )
     console.print(f"Time: {format_duration(sum(stage.seconds for stage in report.stages))}")
     console.print(f"\nWritten to {report.output}. To use it from Python:\n", soft_wrap=True)
-    for line in (
-        "import moe_rco  # teaches transformers to read the result",
+    for line in _usage(report):
+        console.print(f"    {line}", soft_wrap=True)
+
+
+def _usage(report: Report) -> tuple[str, ...]:
+    if report.stock is not None and not report.stock.transformers_reads:
+        return ("from vllm import LLM", f"model = LLM({report.output!r})")
+    ours = ("import moe_rco  # teaches transformers to read the result",) if report.stock is None else ()
+    return (
+        *ours,
         "from transformers import AutoModelForCausalLM",
         f"model = AutoModelForCausalLM.from_pretrained({report.output!r})",
-    ):
-        console.print(f"    {line}", soft_wrap=True)
+    )
+
+
+def _show_stock(part: StockPart, console: Console) -> None:
+    console.print(
+        f"Layout stock: {part.experts_per_layer} experts in every layer, numbered anew. KL {part.kl:.5f}; layout "
+        f"mixed has {part.mixed.kl:.5f} within the same budget before any search ({part.mixed.name}; both on the "
+        "calibration text kept out).",
+        soft_wrap=True,
+    )
+    readers = "vLLM and transformers" if part.transformers_reads else "vLLM"
+    console.print(f"Read without moe_rco by {readers}.\n")
 
 
 def show_inspect(found: Inspection, console: Console | None = None) -> None:
@@ -206,6 +247,12 @@ def show_inspect(found: Inspection, console: Console | None = None) -> None:
         f"everything else {format_size(found.other_bytes)}",
         soft_wrap=True,
     )
+    if found.layout == "stock":
+        console.print(
+            f"Layout stock: experts are shown by their original ids; the {found.layers[0].kept} kept of each layer "
+            "are numbered anew in the files, in the same order (plan.json lists the original ids).",
+            soft_wrap=True,
+        )
     if len(keys) > 1:
         console.print()
         show_map(layers, console)

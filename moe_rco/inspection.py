@@ -8,8 +8,10 @@ from pathlib import Path
 from moe_rco.adapters import get_adapter
 from moe_rco.adapters.base import Adapter
 from moe_rco.ckpt.reader import Checkpoint
-from moe_rco.plan import METHOD
+from moe_rco.errors import ModelError, PlanError
+from moe_rco.plan import FILE_NAME, METHOD, Plan, by_expert
 from moe_rco.serve.config import check_tensors, expected_tensors, layer_options
+from moe_rco.types import Layout
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,10 @@ class LayerInspection:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A model directory. `expert_numel` counts the weights of all routed experts before pruning."""
+    """A model directory. `expert_numel` counts the weights of all routed experts before pruning.
+
+    Of our own outputs experts are those of the original model, by their original ids, for both layouts.
+    """
 
     directory: Path
     family: str
@@ -38,6 +43,7 @@ class Inspection:
     layers: tuple[LayerInspection, ...]
     expert_numel: int
     other_bytes: int
+    layout: Layout = "mixed"
 
     @property
     def expert_bytes(self) -> int:
@@ -50,26 +56,23 @@ def inspect(directory: str | Path) -> Inspection:
     config = checkpoint.config
     adapter = get_adapter(config)
     hidden, intermediate = adapter.expert_shape(config)
-    sizes = _expert_sizes(checkpoint)
-    layers = tuple(
-        LayerInspection(
-            layer,
-            options,
-            sum(sizes.get(adapter.expert(config, layer, index).name, 0) for index in range(len(options))),
-        )
-        for layer, options in _options(checkpoint, adapter).items()
-    )
+    sizes = _layer_sizes(checkpoint, adapter)
+    plan = _stock_plan(checkpoint)
+    options = _options(checkpoint, adapter) if plan is None else _stock_options(checkpoint, adapter, plan)
+    layers = tuple(LayerInspection(layer, chosen, sizes[layer]) for layer, chosen in options.items())
+    experts = sum(len(layer.options) for layer in layers)
     everything = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     return Inspection(
         directory=checkpoint.directory,
         family=adapter.model_type,
         top_k=adapter.top_k(config),
-        num_experts=adapter.num_experts(config),
+        num_experts=experts // len(layers),
         hidden=hidden,
         intermediate=intermediate,
         layers=layers,
-        expert_numel=sum(group.numel for group in adapter.groups(config)),
+        expert_numel=experts * adapter.expert(config, layers[0].layer, 0).numel,
         other_bytes=everything - sum(layer.bytes for layer in layers),
+        layout="mixed" if plan is None else "stock",
     )
 
 
@@ -96,12 +99,47 @@ def _options(checkpoint: Checkpoint, adapter: Adapter) -> dict[int, tuple[str, .
     return {layer: tuple(option.name for option in options) for layer, options in layers.items()}
 
 
-def _expert_sizes(checkpoint: Checkpoint) -> dict[str, int]:
-    """Bytes of an expert's tensors by its name on disk (`model.layers.0.mlp.experts.7`)."""
-    sizes: dict[str, int] = {}
+def _stock_plan(checkpoint: Checkpoint) -> Plan | None:
+    """The plan of a directory that we wrote in the stock layout; None for any other."""
+    if not (checkpoint.directory / FILE_NAME).is_file():
+        return None
+    try:
+        plan = Plan.load(checkpoint.directory)
+    except PlanError:
+        return None  # somebody else's file of that name
+    return plan if plan.layout == "stock" else None
+
+
+def _stock_options(checkpoint: Checkpoint, adapter: Adapter, plan: Plan) -> dict[int, tuple[str, ...]]:
+    """Layer -> each original expert's option, checked against the tensors of the renumbered ones."""
+    config, by_layer = checkpoint.config, {layer: {} for layer in adapter.moe_layers(checkpoint.config)}
+    for (layer, expert), option in by_expert(plan.layers).items():
+        if layer not in by_layer:
+            raise ModelError(
+                f"{checkpoint.directory}: the plan names layer {layer}, the model has no experts there"
+            )
+        by_layer[layer][expert] = option
+    original = {layer: [option for _, option in sorted(of.items())] for layer, of in by_layer.items()}
+    written = {layer: tuple(o for o in options if not o.is_prune) for layer, options in original.items()}
+    for layer, kept in written.items():
+        if len(kept) != adapter.num_experts(config):
+            raise ModelError(
+                f"{checkpoint.directory}: the plan keeps {len(kept)} experts of layer {layer}, config.json has "
+                f"{adapter.num_experts(config)}"
+            )
+    check_tensors(expected_tensors(written, adapter, config), checkpoint.tensors)
+    return {layer: tuple(option.name for option in options) for layer, options in original.items()}
+
+
+def _layer_sizes(checkpoint: Checkpoint, adapter: Adapter) -> dict[int, int]:
+    """Layer -> bytes of its routed experts' tensors."""
+    prefixes = {
+        adapter.expert(checkpoint.config, layer, 0).name.removesuffix("0"): layer
+        for layer in adapter.moe_layers(checkpoint.config)
+    }
+    sizes = dict.fromkeys(prefixes.values(), 0)
     for name, tensor in checkpoint.tensors.items():
-        before, found, after = name.partition(".experts.")
-        if found:
-            expert = f"{before}{found}{after.partition('.')[0]}"
-            sizes[expert] = sizes.get(expert, 0) + tensor.nbytes
+        before, found, _ = name.partition(".experts.")
+        if found and before + found in prefixes:
+            sizes[prefixes[before + found]] += tensor.nbytes
     return sizes

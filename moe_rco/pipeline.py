@@ -8,16 +8,18 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from moe_rco import preflight as checks
+from moe_rco.adapters import get_adapter
 from moe_rco.baselines import starting_points
 from moe_rco.calib.bank import OptionBank
 from moe_rco.calib.calibrate import Calibrated, calibrate
@@ -26,11 +28,13 @@ from moe_rco.calib.fisher import fisher_effects
 from moe_rco.calib.measure import Scores, measure
 from moe_rco.calib.objective import AssignedModel
 from moe_rco.calib.runner import Runner
-from moe_rco.calib.search import Chosen, rco
+from moe_rco.calib.search import SEED, Chosen, knapsack, rco
+from moe_rco.ckpt.dequantized import read_dequantized
 from moe_rco.ckpt.destination import check_destination, publish
 from moe_rco.ckpt.reader import Checkpoint
 from moe_rco.ckpt.rewrite import rewrite
 from moe_rco.ckpt.state import SavedState
+from moe_rco.ckpt.stock import QUANT_METHOD
 from moe_rco.ckpt.store import Store
 from moe_rco.errors import MoeRcoError
 from moe_rco.plan import Plan, costs_digest
@@ -142,8 +146,16 @@ def prepare(ready: checks.Ready, work: Path, progress: Progress) -> Prepared:
 def choose(
     prepared: Prepared, budget: Budget, recipe: Recipe, progress: Progress, resume: SavedState | None = None
 ) -> Chosen:
-    """Search for the best assignment within a budget; simple methods' assignments take part as candidates."""
-    candidates = starting_points(prepared.model.table, budget, prepared.calibrated.usage)
+    """Search for the best assignment within a budget; simple methods' assignments take part as candidates.
+
+    For layout stock what layout mixed would start its search from is judged too, for comparison.
+    """
+    table, usage = prepared.model.table, prepared.calibrated.usage
+    candidates = starting_points(table, budget, usage)
+    mixed: dict[str, Assignment] = {}
+    if table.layout == "stock":
+        free = replace(table, layout="mixed")
+        mixed = {SEED: knapsack(prepared.effects, free, budget), **starting_points(free, budget, usage)}
     references = (prepared.calibrated.train, prepared.calibrated.kept_out)
     return rco(
         prepared.model,
@@ -155,6 +167,7 @@ def choose(
         candidates,
         progress,
         resume,
+        mixed,
     )
 
 
@@ -190,16 +203,33 @@ def verify(
 
 
 def load_model(directory: Path, device: torch.device, dtype: torch.dtype) -> Any:
-    """A written checkpoint as a transformers model."""
+    """A written checkpoint as a transformers model.
+
+    Quantised experts of the stock layout are dequantised here: transformers does it in bfloat16 only, and not
+    at all where layers have different widths.
+    """
     register()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+        checkpoint = Checkpoint(directory, allow_quantized=True)
+        method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
+        if method == QUANT_METHOD:
+            model = _dequantized_model(checkpoint, dtype)
+        else:
+            model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
         return model.to(device).eval()
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def _dequantized_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    config: Any = AutoConfig.from_pretrained(checkpoint.directory)
+    del config.quantization_config
+    model_class = getattr(transformers, get_adapter(checkpoint.config).architecture)
+    weights = read_dequantized(checkpoint, dtype)
+    return model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
 
 
 @dataclass

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, field_validator
 
 from moe_rco.errors import PlanError, RecipeError
-from moe_rco.types import Assignment, Budget, CostTable, Option
+from moe_rco.types import Assignment, Budget, CostTable, Layout, Option
 
 FILE_NAME = "plan.json"
 METHOD = "moe_rco"
@@ -31,12 +31,13 @@ class Plan(BaseModel):
 
     `cost` and `budget` are bytes of the routed experts' tensors as written, `slack` is their difference.
     `model`, `recipe` and `costs` are SHA-256 digests (hex) of the original model, the recipe and the cost
-    table.
+    table. Ids in `layers` are those of the original model for both layouts; see `kept`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     version: Literal[1] = 1
+    layout: Layout = "mixed"
     model: str
     recipe: str
     costs: str
@@ -74,6 +75,7 @@ class Plan(BaseModel):
         for row, group in enumerate(table.groups):
             layers[group.layer].setdefault(assignment.option(row).name, []).append(group.index)
         return cls(
+            layout=table.layout,
             model=model_digest,
             recipe=recipe_digest,
             costs=costs_digest(table),
@@ -112,8 +114,10 @@ class Plan(BaseModel):
         """Check the plan against the model's cost table and return its assignment.
 
         Raises PlanError where it does not cover every expert once, names unknown options, misstates its
-        cost, exceeds its budget, breaks a layer's floor, or was made from other costs.
+        cost, exceeds its budget, breaks a layer's floor or its layout, or was made from other costs.
         """
+        if self.layout != table.layout:
+            raise PlanError(f"the plan's layout is {self.layout}, the cost table's {table.layout}")
         if self.options != tuple(option.name for option in table.options):
             raise PlanError(
                 f"the plan's options are {', '.join(self.options)}, the cost table's "
@@ -132,6 +136,15 @@ class Plan(BaseModel):
             )
         assignment.check(Budget(self.budget, f"{self.budget} bytes"))
         return assignment
+
+    def kept(self, layer: int) -> tuple[int, ...]:
+        """The original ids of the experts a layer keeps, ascending.
+
+        Layout stock numbers experts anew: the expert written as j is the j-th of these. Layout mixed writes
+        original ids.
+        """
+        by_option = self.layers[layer].items()
+        return tuple(sorted(e for name, ids in by_option if not Option.parse(name).is_prune for e in ids))
 
     def quantization_config(self) -> dict[str, Any]:
         """The entry of that name in config.json, by which loaders know what every expert became."""

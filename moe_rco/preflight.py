@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from moe_rco.ckpt.destination import check_destination
 from moe_rco.ckpt.locate import fetch_model, read_config
 from moe_rco.ckpt.reader import Checkpoint
 from moe_rco.ckpt.rewrite import output_bytes
+from moe_rco.ckpt.stock import check_routers, transformers_reads
 from moe_rco.errors import ModelError, UserError
 from moe_rco.quant.packing import cost_table
 from moe_rco.recipe import Recipe
@@ -51,6 +52,7 @@ def size(recipe: Recipe) -> Sized:
         )
     original = sum(group.numel for group in groups) * _SOURCE_BYTES[dtype]
     table = cost_table(groups, recipe.options, adapter.top_k(config), original)
+    table = replace(table, layout=recipe.layout)
     return Sized(recipe, config, adapter, table, recipe.budget.resolve(table))
 
 
@@ -115,6 +117,8 @@ def open_inputs(sized: Sized, directory: Path) -> Ready:
     recipe = sized.recipe
     checkpoint = Checkpoint(directory)
     checkpoint.check_experts(sized.adapter)
+    if recipe.layout == "stock":
+        check_routers(checkpoint, sized.adapter)
     names = {weight.name for group in sized.table.groups for weight in group.weights}
     stored = sum(tensor.nbytes for name, tensor in checkpoint.tensors.items() if name in names)
     if stored != sized.table.original_bytes:
@@ -149,9 +153,15 @@ def _preflight(sized: Sized, ready: Ready | None) -> Preflight:
     sequences, holdout = recipe.calibration.sequences, recipe.calibration.holdout_sequences
     if ready is not None:
         sequences, holdout = sum(len(pool) for pool in ready.pools), len(ready.pools[1])
-    warnings = ()
+    warnings: tuple[str, ...] = ()
+    kept = [option for option in recipe.options if not option.is_prune]
+    if recipe.layout == "stock" and not transformers_reads(kept):
+        warnings += (
+            "layers of different widths are read by vLLM, but not by transformers (up to 5.19): for both, list "
+            "options of one width, as in [prune, int4-g64] or [prune, bf16]",
+        )
     if sequences < recipe.calibration.sequences:
-        warnings = (
+        warnings += (
             f"the calibration text gives {sequences} sequences, fewer than the {recipe.calibration.sequences} asked for",
         )
     return Preflight(
@@ -168,6 +178,7 @@ def _preflight(sized: Sized, ready: Ready | None) -> Preflight:
         smallest=table.range[0],
         largest=table.range[1],
         budget=BudgetPart(text=budget.text, bytes=budget.bytes),
+        layout=recipe.layout,
         sequences=sequences,
         tokens=sequences * recipe.calibration.sequence_length,
         holdout_sequences=holdout,

@@ -27,7 +27,7 @@ from moe_rco.budget import BudgetSpec, Size
 from moe_rco.errors import RecipeError
 from moe_rco.recipe_errors import MisplacedError, explain
 from moe_rco.recipe_overrides import apply_overrides
-from moe_rco.types import Option
+from moe_rco.types import Layout, Option
 
 _PACKAGE = Path(__file__).resolve().parent
 DEMO = "demo"
@@ -158,7 +158,7 @@ class Recipe(_Section):
         Field(min_length=1),
     ]
     budget: BudgetSpec
-    layout: Annotated[Literal["mixed"], _available("stock")] = "mixed"
+    layout: Layout = "mixed"
     experimental: bool = False
     quantizer: Annotated[Quantizer, BeforeValidator(_or_defaults)] = Quantizer()
     calibration: Calibration
@@ -177,6 +177,12 @@ class Recipe(_Section):
                 ("options",), "at least one option must keep an expert, such as int4-g64 or bf16"
             )
         low = [option.name for option in self.options if option.bits in (2, 3)]
+        if low and self.layout == "stock":
+            raise MisplacedError(
+                ("options",),
+                f"{' and '.join(low)}: without this package neither vLLM nor transformers reads experts of 2 or "
+                "3 bits; leave out, or write 'layout: mixed'",
+            )
         if low and not self.experimental:
             raise MisplacedError(
                 ("options",),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moe_rco.calib.measure import Score
 from moe_rco.errors import PlanError
+from moe_rco.types import Layout
 
 FILE_NAME = "report.json"
 
@@ -97,9 +100,69 @@ class SearchPart(_Part):
     history: tuple[SearchStep, ...]
 
 
+class StockPart(_Part):
+    """What the stock layout came to, and cost: KL in nats per token on calibration sequences kept out.
+
+    `experts_per_layer` are written, `kl` is the winner's. `mixed` is the best of what the mixed layout would
+    start its search from at the same budget, without that search. `transformers_reads` says whether transformers loads the
+    result without this package, as vLLM does.
+    """
+
+    experts_per_layer: int
+    kl: float
+    mixed: Candidate
+    transformers_reads: bool
+
+
 class Stage(_Part):
     name: str
     seconds: float
+
+
+class Comparison(_Part):
+    """The same items by another model (a directory or Hub name, SHA-256 of its files).
+
+    `difference` is this model's score minus that one's; `p` is two-sided, of the named test over the items.
+    Both are null where the score is no function of single items.
+    """
+
+    model: str
+    digest: str
+    score: float
+    stderr: float | None
+    difference: float
+    difference_stderr: float | None
+    p: float | None
+    test: str | None
+
+
+class TaskScore(_Part):
+    """One metric of one lm-eval task. `group` is the task group it is counted in.
+
+    `items` were scored, after `limit`; the standard error is over them. `files` is where lm-eval's own output
+    is, below the report's directory unless absolute.
+    """
+
+    backend: str
+    task: str
+    group: str | None
+    metric: str
+    filter: str
+    num_fewshot: int | None
+    limit: int | None
+    dtype: str
+    higher_is_better: bool | None
+    items: int
+    score: float
+    stderr: float | None
+    baseline: Comparison | None
+    files: str
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What a later score of the same thing replaces, in the order the report keeps."""
+        settings = (-1 if value is None else value for value in (self.num_fewshot, self.limit))
+        return (self.backend, self.task, self.metric, self.filter, *settings)
 
 
 class Report(_Part):
@@ -119,6 +182,7 @@ class Report(_Part):
     counts: dict[str, int]
     candidates: tuple[Candidate, ...]
     winner: str
+    stock: StockPart | None = None
     domains: tuple[Score, ...]
     kl: float
     kl_stderr: float
@@ -126,6 +190,12 @@ class Report(_Part):
     reload: Reload
     search: SearchPart
     stages: tuple[Stage, ...]
+    scores: tuple[TaskScore, ...] = ()
+
+    def with_scores(self, scores: Iterable[TaskScore]) -> Self:
+        """This report with scores added; each replaces an earlier one of the same key."""
+        by_key = {score.key: score for score in (*self.scores, *scores)}
+        return self.model_copy(update={"scores": tuple(by_key[key] for key in sorted(by_key))})
 
     def check(self) -> None:
         """Raise PlanError, naming both figures, where the bytes of the files and the plan disagree."""
@@ -160,9 +230,11 @@ class Report(_Part):
         return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
 
     def save(self, directory: Path) -> Path:
-        """Write `report.json` into a directory."""
+        """Write `report.json` into a directory, whole or not at all."""
         path = directory / FILE_NAME
-        path.write_text(self.to_json(), encoding="utf-8")
+        temporary = path.with_name(f".{FILE_NAME}.part")
+        temporary.write_text(self.to_json(), encoding="utf-8")
+        os.replace(temporary, path)
         return path
 
     @classmethod
@@ -197,6 +269,7 @@ class Preflight(_Part):
     layers: int
     experts_per_layer: int
     top_k: int
+    layout: Layout = "mixed"
     options: tuple[OptionCost, ...]
     experts_before: int
     smallest: int

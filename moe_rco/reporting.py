@@ -9,8 +9,10 @@ from pathlib import Path
 
 from moe_rco._version import __version__
 from moe_rco.calib.measure import Scores
+from moe_rco.calib.search import Candidate as Tried
 from moe_rco.calib.search import Chosen
 from moe_rco.ckpt.rewrite import RewriteResult
+from moe_rco.ckpt.stock import precisions, transformers_reads
 from moe_rco.ckpt.store import Store
 from moe_rco.preflight import Sized
 from moe_rco.report import (
@@ -26,6 +28,7 @@ from moe_rco.report import (
     SearchStep,
     Software,
     Stage,
+    StockPart,
 )
 from moe_rco.types import CostTable
 
@@ -73,10 +76,9 @@ def build_report(
             for layer in table.layers
         ),
         counts=assignment.counts(),
-        candidates=tuple(
-            Candidate(name=tried.name, kl=tried.kl, cost=tried.assignment.cost) for tried in chosen.candidates
-        ),
+        candidates=tuple(_candidate(tried) for tried in chosen.candidates),
         winner=chosen.best.name,
+        stock=_stock(chosen),
         domains=scores.domains,
         kl=scores.all.kl,
         kl_stderr=scores.all.kl_stderr,
@@ -87,6 +89,22 @@ def build_report(
             history=tuple(SearchStep(step=record.step, kl=record.loss) for record in chosen.history),
         ),
         stages=tuple(Stage(name=name, seconds=round(seconds, 3)) for name, seconds in stages),
+    )
+
+
+def _candidate(tried: Tried) -> Candidate:
+    return Candidate(name=tried.name, kl=tried.kl, cost=tried.assignment.cost)
+
+
+def _stock(chosen: Chosen) -> StockPart | None:
+    if chosen.mixed is None:
+        return None
+    layers = precisions(chosen.best.assignment)
+    return StockPart(
+        experts_per_layer=len(chosen.best.assignment.kept(min(layers))),
+        kl=chosen.best.kl,
+        mixed=_candidate(chosen.mixed),
+        transformers_reads=transformers_reads(layers.values()),
     )
 
 

@@ -29,7 +29,10 @@ options: [{options}]
 #   {{avg_bits: 4.25}}  bits per original expert weight, scales included
 budget: {{ratio: 0.35}}
 
-layout: mixed             # every expert has its own precision
+# mixed: every expert has its own precision.
+# stock: every layer keeps equally many experts and has one precision. vLLM then reads the result without this package;
+#        transformers too where the options have one width, as in [prune, bf16].
+layout: mixed
 experimental: false
 
 quantizer: {{method: gptq}} # or rtn: round to nearest, faster and worse

@@ -8,11 +8,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
 from moe_rco.errors import PlanError, RecipeError
+
+Layout = Literal["mixed", "stock"]
+"""How experts may differ: `mixed`, each for itself; `stock`, as readers without this package need it: every
+layer keeps equally many experts, all experts of a layer at one precision.
+"""
 
 QUANTIZED_BITS = (2, 3, 4, 8)
 _OPTION = re.compile(r"int([0-9]+)(?:-g([0-9]+))?")
@@ -112,7 +117,8 @@ class CostTable:
     """Exact bytes on disk of every option of every group.
 
     `costs` is int64 [N, K] (N groups, K options), `original_bytes` what the groups take in the model as given.
-    `floor` is the number of groups each layer must keep (the model's experts per token).
+    `floor` is the number of groups each layer must keep (the model's experts per token); `layout` says which
+    assignments are allowed.
     """
 
     groups: tuple[Group, ...]
@@ -120,6 +126,7 @@ class CostTable:
     costs: np.ndarray
     original_bytes: int
     floor: int
+    layout: Layout = "mixed"
 
     @cached_property
     def layer(self) -> np.ndarray:
@@ -147,7 +154,11 @@ class CostTable:
 
     @cached_property
     def range(self) -> tuple[int, int]:
-        """Smallest and largest cost any assignment with the per-layer floor can have, in bytes."""
+        """Smallest and largest cost any assignment with the per-layer floor can have, in bytes.
+
+        They are the same for both layouts: the experts of a layer have one size, so the cheapest assignment
+        keeps `floor` experts everywhere at the cheapest option, or all where prune is not an option.
+        """
         cheapest = self.costs.min(1)
         cheapest_kept = np.where(self.costs > 0, self.costs, np.iinfo(np.int64).max).min(1)
         smallest = int(cheapest.sum())
@@ -199,13 +210,30 @@ class Assignment:
         }
 
     def check(self, budget: Budget) -> None:
-        """Raise PlanError where the budget or a layer's floor is violated."""
+        """Raise PlanError where the budget, a layer's floor or the table's layout is violated."""
         if self.cost > budget.bytes:
             raise PlanError(f"the assignment needs {self.cost} bytes, the budget is {budget.bytes} bytes")
         for layer in self.table.layers:
             if len(self.kept(layer)) < self.table.floor:
                 raise PlanError(
                     f"layer {layer} keeps {len(self.kept(layer))} experts, but {self.table.floor} are used per token"
+                )
+        if self.table.layout == "stock":
+            self._check_stock()
+
+    def _check_stock(self) -> None:
+        first = self.table.layers[0]
+        for layer in self.table.layers:
+            kept = {option.name for option in self.layer_options(layer) if not option.is_prune}
+            if len(kept) > 1:
+                raise PlanError(
+                    f"layer {layer} keeps experts at {' and '.join(sorted(kept))}, "
+                    "but with layout stock a layer has one precision"
+                )
+            if len(self.kept(layer)) != len(self.kept(first)):
+                raise PlanError(
+                    f"layer {layer} keeps {len(self.kept(layer))} experts and layer {first} "
+                    f"{len(self.kept(first))}, but with layout stock all layers keep equally many"
                 )
 
 

@@ -199,3 +199,38 @@ def test_progress_stages_nest_may_be_empty_and_survive_errors(color: bool) -> No
     for part in ("outer", "inner [a]", "failing", "after"):
         assert part in text
     assert "failing: done" not in text
+
+
+STOCK = {
+    "experts_per_layer": 4,
+    "kl": 0.0625,
+    "mixed": {"name": "fisher seed", "kl": 0.03125, "cost": 999_999},
+    "transformers_reads": True,
+}
+
+
+def test_the_stock_layout_says_what_it_costs_and_who_reads_it() -> None:
+    target = screen(200)
+    console.show_summary(report(stock=STOCK), target)
+    text = shown(target)
+    for part in (
+        "4 experts in every layer, numbered anew",
+        "KL 0.06250; layout mixed has 0.03125 within the same budget before any search (fisher seed;",
+        "Read without moe_rco by vLLM and transformers.",
+        "from_pretrained('out/[demo]')",
+    ):
+        assert part in text
+    assert "import moe_rco" not in text
+    target = screen(200)
+    console.show_summary(report(stock=STOCK | {"transformers_reads": False}), target)
+    text = shown(target)
+    assert "Read without moe_rco by vLLM.\n" in text
+    assert "LLM('out/[demo]')" in text
+    assert "from_pretrained" not in text
+
+
+@pytest.mark.parametrize("layout", ["mixed", "stock"])
+def test_the_dry_run_shows_the_layout(layout: str) -> None:
+    target = screen()
+    console.show_preflight(preflight(layout=layout), target)
+    assert re.search(rf"layout +{layout}: e", shown(target))

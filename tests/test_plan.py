@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +170,41 @@ def test_no_file(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text("{")
     with pytest.raises(PlanError, match="is not a plan"):
         Plan.load(tmp_path)
+
+
+def stock_plan(choice: list[int], budget: int = 5000) -> Plan:
+    assignment = Assignment(replace(TABLE, layout="stock"), np.array(choice))
+    return Plan.from_assignment(assignment, Budget(budget, ""), model_digest="m", recipe_digest="r")
+
+
+STOCK = [0, 1, 1, 0, 2, 0, 0, 2, 0, 0, 1, 1]
+
+
+def test_the_stock_layout_is_part_of_a_plan(tmp_path: Path) -> None:
+    plan = stock_plan(STOCK)
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path).layout == "stock"
+    assert plan.check(replace(TABLE, layout="stock")).choice.tolist() == STOCK
+    assert [plan.kept(layer) for layer in (0, 2, 10)] == [(1, 2), (0, 3), (2, 3)]
+    with pytest.raises(PlanError, match="the plan's layout is stock, the cost table's mixed"):
+        plan.check(TABLE)
+    with pytest.raises(PlanError, match="the plan's layout is mixed, the cost table's stock"):
+        make_plan().check(replace(TABLE, layout="stock"))
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ([1, 1, 1, 0, *STOCK[4:]], "layer 2 keeps 2 experts and layer 0 3, but with layout stock all layers"),
+        ([0, 1, 2, 0, *STOCK[4:]], "layer 0 keeps experts at bf16 and int4-g64, but with layout stock"),
+    ],
+)
+def test_the_stock_layout_is_checked(choice: list[int], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        stock_plan(choice)
+
+
+def test_a_plan_written_before_there_were_layouts_is_mixed() -> None:
+    data = json.loads(make_plan().to_json())
+    del data["layout"]
+    assert Plan.model_validate(data) == make_plan()

@@ -93,9 +93,22 @@ REFUSED = [
     ("[prune, int4-g64, int8-g64, bf16]", "[]", ["r.yaml:3: options: must not be empty"]),
     ("[prune, int4-g64, int8-g64, bf16]", "prune", ["r.yaml:3: options: must be a list, not 'prune'"]),
     ("[prune, int4-g64, int8-g64, bf16]", "[prune]", ["options: at least one option must keep an expert"]),
-    ("output:", "layout: stock\noutput:", ["r.yaml:7: layout: 'stock' is not available in this version"]),
-    ("output:", "layout:\n\n    stock\noutput:", ["r.yaml:7: layout: 'stock' is not available"]),
-    ("output:", "layout: mixd\noutput:", ["layout: must be 'mixed', not 'mixd'; did you mean 'mixed'?"]),
+    (
+        "output:",
+        "layout: stok\noutput:",
+        ["layout: must be 'mixed' or 'stock', not 'stok'; did you mean 'stock'?"],
+    ),
+    ("output:", "layout:\n\n    stok\noutput:", ["r.yaml:7: layout: must be 'mixed' or 'stock', not 'stok'"]),
+    (
+        "output:",
+        "layout: mixd\noutput:",
+        ["layout: must be 'mixed' or 'stock', not 'mixd'; did you mean 'mixed'?"],
+    ),
+    (
+        "int4-g64, int8-g64, bf16]",
+        "int2-g64, int3]\nlayout: stock\nexperimental: true",
+        ["r.yaml:3: options: int2-g64 and int3", "neither vLLM nor transformers", "layout: mixed"],
+    ),
     ("output:", "execution: {mode: streaming}\noutput:", ["'streaming' is not available in this version"]),
     ("output:", "execution: {device: gpu}\noutput:", ["execution.device: must be auto, cpu", "not 'gpu'"]),
     ("output:", "execution: {memory_limit: lots}\noutput:", ["execution.memory_limit: 'lots' is not a size"]),
@@ -228,6 +241,7 @@ def test_digest_covers_what_decides_the_result_and_nothing_else() -> None:
         "model=x",
         "calibration.sequences=9",
         "execution.dtype=float32",
+        "layout=stock",
     ):
         assert parse(MINIMAL, overrides=[change]).digest() != base.digest()
 

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from moe_rco.baselines.proxy import OutputErrors, Scale, output_errors, proxy
-from moe_rco.baselines.saliency import prune_lowest
+from moe_rco.baselines.saliency import prune_equally, prune_lowest
 from moe_rco.baselines.uniform import uniform
 from moe_rco.calib.calibrate import Usage
 from moe_rco.types import Assignment, Budget, CostTable
 
-__all__ = ["OutputErrors", "Scale", "output_errors", "proxy", "prune_lowest", "starting_points", "uniform"]
+__all__ = [
+    "OutputErrors",
+    "Scale",
+    "output_errors",
+    "proxy",
+    "prune_equally",
+    "prune_lowest",
+    "starting_points",
+    "uniform",
+]
 
 
 def starting_points(table: CostTable, budget: Budget, usage: Usage) -> dict[str, Assignment]:
-    """Cheap assignments within the budget, by name, for a search to start from.
+    """Cheap assignments within budget and layout, by name, for a search to start from.
 
     What the options do not allow or what does not fit is left out, and so are options at which nothing has to
     be pruned: the widest of those is the uniform assignment.
     """
+    prune = prune_equally if table.layout == "stock" else prune_lowest
     found: dict[str, Assignment] = {}
     widest = uniform(table, budget)
     if widest is not None:
@@ -25,7 +35,7 @@ def starting_points(table: CostTable, budget: Budget, usage: Usage) -> dict[str,
         for option in table.options:
             if option.is_prune or Assignment.uniform(table, option).cost <= budget.bytes:
                 continue
-            pruned = prune_lowest(table, budget, scores, option)
+            pruned = prune(table, budget, scores, option)
             if pruned is not None:
                 found[f"{name} + {option}"] = pruned
     return found

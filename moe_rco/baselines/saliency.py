@@ -45,3 +45,26 @@ def prune_lowest(
         elif rank[row] < table.floor:
             return None
     return Assignment(table, choice) if left >= 0 else None
+
+
+def prune_equally(table: CostTable, budget: Budget, scores: Scores, option: Option) -> Assignment | None:
+    """Keep the best experts of every layer at `option`, equally many of each and as many as fit.
+
+    None where prune is not an option, or where the best `floor` experts of every layer do not fit.
+    """
+    prune, kept = table.prune_index, table.option_index(option)
+    if prune is None:
+        return None
+    ranked = [
+        table.rows(layer)[np.argsort(-scores[layer].double().cpu().numpy(), kind="stable")]
+        for layer in table.layers
+    ]
+    best: Assignment | None = None
+    for count in range(table.floor, min(map(len, ranked)) + 1):
+        choice = np.full(len(table.groups), prune, dtype=np.int64)
+        choice[np.concatenate([rows[:count] for rows in ranked])] = kept
+        assignment = Assignment(table, choice)
+        if assignment.cost > budget.bytes:
+            break
+        best = assignment
+    return best

@@ -18,7 +18,7 @@ import torch
 from moe_rco.calib.data import TokenPool
 from moe_rco.calib.objective import AssignedModel
 from moe_rco.calib.reference import Reference, divergence
-from moe_rco.optim import StepRecord, minimize, solve_mckp
+from moe_rco.optim import EqualLayers, FeasibleSet, Knapsack, StepRecord, minimize
 from moe_rco.recipe import Search
 from moe_rco.types import Assignment, Budget, CostTable, Progress
 
@@ -26,10 +26,15 @@ SEED = "fisher seed"
 STRIDE = 2
 
 
+def feasible(table: CostTable, budget: Budget) -> FeasibleSet:
+    """The assignments within the budget that keep the table's floor and layout. Raises BudgetError."""
+    kind = EqualLayers if table.layout == "stock" else Knapsack
+    return kind(table.costs, budget.bytes, floor=table.floor, layer=table.layer)
+
+
 def knapsack(losses: np.ndarray, table: CostTable, budget: Budget) -> Assignment:
-    """The assignment with the least sum of `losses` [N, K] within budget and floors, exactly. Raises BudgetError."""
-    solution = solve_mckp(-losses, table.costs, budget.bytes, floor=table.floor, layer=table.layer)
-    return Assignment(table, solution.choice)
+    """The feasible assignment with the least sum of `losses` [N, K], exactly. Raises BudgetError."""
+    return Assignment(table, feasible(table, budget).solve(-losses).choice)
 
 
 def seed_logits(q: np.ndarray, seed: Assignment) -> torch.Tensor:
@@ -127,11 +132,15 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The best candidate, all of them (best first), and the history of the search."""
+    """The best candidate, all of them (best first), and the history of the search.
+
+    `mixed` is the best of the assignments that were only to be compared with; None where there were none.
+    """
 
     best: Candidate
     candidates: tuple[Candidate, ...]
     history: tuple[StepRecord, ...]
+    mixed: Candidate | None = None
 
 
 def rco(
@@ -144,11 +153,13 @@ def rco(
     candidates: Mapping[str, Assignment],
     progress: Progress,
     resume: Resume | None = None,
+    mixed: Mapping[str, Assignment] | None = None,
 ) -> Chosen:
     """The best assignment found; on the kept-out sequences never worse than the Fisher seed or any candidate.
 
     The search's own result must beat the best candidate by a standard error of their paired difference: the kept-out
-    text is a sample too, and the lowest of many figures on it is partly luck.
+    text is a sample too, and the lowest of many figures on it is partly luck. `mixed` are assignments outside the
+    table's layout, judged on the same text to tell what the layout costs.
     """
     table, judge = model.table, KeptOut(model, pools[1], references[1])
     seed = knapsack(q, table, budget)
@@ -180,8 +191,7 @@ def rco(
                 lr=search.learning_rate,
                 tau=(search.tau_start, search.tau_end),
                 init_logits=seed_logits(q, seed),
-                floor=table.floor,
-                layer=table.layer,
+                feasible=feasible(table, budget),
                 evaluate=judge,
                 evaluate_every=search.evaluate_every,
                 on_step=on_step,
@@ -194,4 +204,6 @@ def rco(
         gain = judge.sequences(best.assignment.choice) - judge.sequences(result.choice)
         if gain.mean() > gain.std() / math.sqrt(len(gain)):
             best = found
-    return Chosen(best, tuple(sorted(tried, key=lambda candidate: candidate.kl)), history)
+    others = [Candidate(name, other, judge(other.choice)) for name, other in (mixed or {}).items()]
+    compared = min(others, key=lambda candidate: candidate.kl, default=None)
+    return Chosen(best, tuple(sorted(tried, key=lambda candidate: candidate.kl)), history, compared)

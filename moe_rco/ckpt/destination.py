@@ -11,8 +11,8 @@ from pathlib import Path
 
 from moe_rco.ckpt.reader import CONFIG
 from moe_rco.ckpt.writer import sync_directory
-from moe_rco.errors import OutputError
-from moe_rco.plan import FILE_NAME, METHOD
+from moe_rco.errors import OutputError, PlanError
+from moe_rco.plan import FILE_NAME, METHOD, Plan
 from moe_rco.units import format_size
 
 # File systems need some room beside the files' bytes: directories, metadata, the report.
@@ -99,8 +99,7 @@ def _check_replaceable(destination: Path) -> None:
             f"output {destination} is not a directory, so it is not overwritten; name another one"
         )
     names = {path.name for path in destination.iterdir()}
-    ours = {CONFIG, FILE_NAME} <= names and _quant_method(destination / CONFIG) == METHOD
-    if names and not ours:
+    if names and not ({CONFIG, FILE_NAME} <= names and _is_ours(destination)):
         raise OutputError(
             f"output {destination} was not written by moe-rco, so it is not overwritten; "
             "name another one or empty it"
@@ -109,6 +108,16 @@ def _check_replaceable(destination: Path) -> None:
         raise OutputError(
             f"output {destination} is or holds the current directory; leave it, or name another one"
         )
+
+
+def _is_ours(directory: Path) -> bool:
+    """By the method that only we write or, for the stock layout, which has none of ours, by its plan."""
+    if _quant_method(directory / CONFIG) == METHOD:
+        return True
+    try:
+        return Plan.load(directory).layout == "stock"
+    except PlanError:
+        return False
 
 
 def _quant_method(config: Path) -> object:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from moe_rco.adapters.base import Adapter
+from moe_rco.adapters import Adapter, get_adapter
 from moe_rco.ckpt.destination import check_destination, replacing
 from moe_rco.ckpt.header import HeaderError, TensorInfo, read_header
 from moe_rco.ckpt.reader import CONFIG, Checkpoint
+from moe_rco.ckpt.stock import renumbering, rows, stock_config
 from moe_rco.ckpt.store import Store
 from moe_rco.ckpt.writer import Entry, ShardWriter, from_file, write_text
 from moe_rco.errors import OutputError, PlanError, StoreError
@@ -64,7 +65,10 @@ def rewrite(
     companions = checkpoint.companions()
     needed = total + sum(path.stat().st_size for path in companions)
     check_destination(destination, overwrite=overwrite, needed_bytes=needed, keep=checkpoint.directory)
-    config = {**checkpoint.config, "quantization_config": plan.quantization_config()}
+    if plan.layout == "stock":
+        config = stock_config(assignment, get_adapter(checkpoint.config), checkpoint.config)
+    else:
+        config = {**checkpoint.config, "quantization_config": plan.quantization_config()}
     try:
         with replacing(destination, overwrite=overwrite, keep=checkpoint.directory) as partial:
             for path in companions:
@@ -96,37 +100,41 @@ def _entries(checkpoint: Checkpoint, assignment: Assignment, store: Store) -> tu
     }
     if missing := options.keys() - checkpoint.tensors.keys():
         raise PlanError(f"the plan is of another model: {checkpoint.directory} has no tensor {min(missing)}")
+    renumbered = renumbering(assignment, get_adapter(checkpoint.config), checkpoint.config)
     stored: dict[tuple[int, Option], dict[str, TensorInfo]] = {}
     entries: list[Entry] = []
     experts: set[str] = set()
     for tensor in checkpoint.tensors.values():
         if tensor.name not in options:
-            entries.append(from_file(tensor))
+            kept = renumbered.routers.get(tensor.name)
+            entries.append(from_file(tensor) if kept is None else rows(tensor, kept))
             continue
         layer, option, weight = options[tensor.name]
         if option.is_quantized and (layer, option) not in stored:
             stored[layer, option] = store.tensors(layer, option)
         source = stored.get((layer, option), {})
-        for entry in _expert(tensor, weight, option, source):
+        expert, _, projection = weight.name.removesuffix(".weight").rpartition(".")
+        written = f"{renumbered.experts.get(expert, expert)}.{projection}"
+        for entry in _expert(tensor, weight, option, source, written):
             entries.append(entry)
             experts.add(entry.name)
     return entries, experts
 
 
 def _expert(
-    tensor: TensorInfo, weight: Weight, option: Option, stored: dict[str, TensorInfo]
+    tensor: TensorInfo, weight: Weight, option: Option, stored: dict[str, TensorInfo], written: str
 ) -> Iterator[Entry]:
-    """The tensors one expert weight is written as: none if it is pruned."""
+    """The tensors one expert weight is written as, under the name `written`: none if it is pruned."""
     for suffix, (shape, dtype) in layout(weight.shape, option, torch.bfloat16).items():
         name = f"{weight.name.removesuffix('.weight')}.{suffix}"
         if not option.is_quantized:
-            yield from_file(tensor, dtype=dtype)
+            yield from_file(tensor, f"{written}.{suffix}", dtype)
             continue
         found = stored.get(name)
         if found is None or found.shape != shape or found.torch_dtype != dtype:
             what = "no" if found is None else "a wrongly shaped"
             raise StoreError(f"the store has {what} tensor {name}; delete the store and run again")
-        yield from_file(found)
+        yield from_file(found, f"{written}.{suffix}")
 
 
 def _check_bytes(expert_bytes: int, plan: Plan) -> None:

@@ -2,14 +2,19 @@
 models."""
 
 from moe_rco.optim.adam import RiemannianAdam
+from moe_rco.optim.equal_layers import EqualLayers
+from moe_rco.optim.feasible import FeasibleSet
 from moe_rco.optim.manifold import BudgetManifold
-from moe_rco.optim.mckp import MCKPSolution, solve_mckp
+from moe_rco.optim.mckp import Knapsack, MCKPSolution, solve_mckp
 from moe_rco.optim.overlap import OverlappingBudgetManifold
 from moe_rco.optim.solver import SolveResult, minimize
 from moe_rco.optim.trace import StepRecord
 
 __all__ = [
     "BudgetManifold",
+    "EqualLayers",
+    "FeasibleSet",
+    "Knapsack",
     "MCKPSolution",
     "OverlappingBudgetManifold",
     "RiemannianAdam",

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moe_rco.errors import UserError
 from moe_rco.optim.adam import RiemannianAdam
+from moe_rco.optim.feasible import FeasibleSet
 from moe_rco.optim.gumbel import gumbel_noise, straight_through, temperature
 from moe_rco.optim.manifold import BudgetManifold
 from moe_rco.optim.mckp import Knapsack, MCKPSolution
@@ -62,6 +63,7 @@ def minimize(
     floor: Any = None,
     layer: Any = None,
     allowed: Any = None,
+    feasible: FeasibleSet | None = None,
     evaluate: Callable[[NDArray[np.int64]], float] | None = None,
     evaluate_every: int = 0,
     candidates: Mapping[str, Any] | Iterable[tuple[str, Any]] = (),
@@ -84,6 +86,8 @@ def minimize(
             large effects are settled first, and their gradients must be forgotten for the others to move.
         init_logits: float [N, K] prior, moved onto the manifold first; zeros when left out.
         floor, layer, allowed: as in `solve_mckp`; they hold in every sample.
+        feasible: what samples and result are taken from, in place of all assignments within the budget and
+            those floors; made for the same costs and budget. The relaxation knows the budget only.
         evaluate: value of a choice int64 [N], lower is better, on data that gave no gradients. Without it
             the loss stands in, of every sample too; it must then be deterministic.
         evaluate_every: decode and evaluate every so many steps; 0 only at the end, which always happens.
@@ -98,7 +102,11 @@ def minimize(
         BudgetError: no assignment satisfies budget and floors, or the budget exceeds the dearest assignment.
         UserError: malformed input, an infeasible candidate, or a loss that is not finite or has no gradient.
     """
-    run = _Run(loss, costs, budget, floor, layer, allowed, evaluate, margin, lr, betas, seed)
+    costs = torch.as_tensor(costs)
+    mask = None if allowed is None else torch.as_tensor(allowed, device=costs.device)
+    if feasible is None:
+        feasible = Knapsack(costs, budget, floor=floor, layer=layer, allowed=mask)
+    run = _Run(loss, costs, budget, mask, feasible, evaluate, margin, lr, betas, seed)
     if state is None:
         run.start(init_logits, candidates)
     else:
@@ -119,11 +127,9 @@ def minimize(
 class _Run:
     """The state of one minimisation."""
 
-    def __init__(self, loss, costs, budget, floor, layer, allowed, evaluate, margin, lr, betas, seed):
+    def __init__(self, loss, costs, budget, mask, feasible: FeasibleSet, evaluate, margin, lr, betas, seed):
         self.loss, self.evaluate, self.budget = loss, evaluate, budget
-        costs = torch.as_tensor(costs)
-        mask = None if allowed is None else torch.as_tensor(allowed, device=costs.device)
-        self.knapsack = Knapsack(costs, budget, floor=floor, layer=layer, allowed=mask)
+        self.feasible = feasible
         self.manifold = BudgetManifold(costs, float(budget), allowed=mask)
         self.adam = RiemannianAdam(self.manifold, lr=lr, betas=betas)
         self.generator = torch.Generator().manual_seed(seed)
@@ -142,7 +148,7 @@ class _Run:
             self.logits = init_logits.detach().to(self.logits)
         self.logits = self.manifold.retract(self.logits)
         for name, choice in dict(candidates).items():
-            self._judge(self.knapsack.checked(choice, f"candidate {name!r}"), name)
+            self._judge(self.feasible.checked(choice, f"candidate {name!r}"), name)
         self.best.misses = 0
 
     def advance(self, samples: int, tau: float, last: bool, every: int) -> StepRecord:
@@ -151,7 +157,7 @@ class _Run:
         total = 0.0
         for noise in gumbel_noise((leaf.shape[0], leaf.shape[1]), samples, self.generator):
             noisy = (leaf + noise.to(leaf.device)) / tau
-            self.warm = self.knapsack.solve(noisy, warm=self.warm)
+            self.warm = self.feasible.solve(noisy, warm=self.warm)
             sample = straight_through(self._one_hot(self.warm.choice), self.manifold.probabilities(noisy))
             value = self._backward(sample, samples)
             total += value
@@ -174,10 +180,10 @@ class _Run:
     def judge_decode(self, last: bool) -> float:
         """Evaluate the most probable assignment within the budget; at the end also the best of the linearised
         loss, which is the optimum itself when the loss is a sum over groups."""
-        choice = self.knapsack.solve(torch.log_softmax(self.logits, dim=1)).choice
+        choice = self.feasible.solve(torch.log_softmax(self.logits, dim=1)).choice
         value = self._judge(choice, SEARCH)
         if last and self.step > 0:
-            self._judge(self.knapsack.solve(-self.slope).choice, LINEAR)
+            self._judge(self.feasible.solve(-self.slope).choice, LINEAR)
         return value
 
     def state(self) -> dict[str, Any]:
@@ -200,14 +206,14 @@ class _Run:
         self.generator.set_state(state["generator"])
         self.step, self.evaluations = int(state["step"]), int(state["evaluations"])
         self.history = unpack_history(state["history"])
-        self.warm = self.knapsack.hint(float(state["multiplier"]))
+        self.warm = self.feasible.hint(float(state["multiplier"]))
 
     def result(self, status: str) -> SolveResult:
         choice = self.best.choice
         if choice is None:
             raise UserError("nothing was evaluated")
         return SolveResult(
-            choice, self.best.value, self.knapsack.cost_of(choice), status, tuple(self.history),
+            choice, self.best.value, self.feasible.cost_of(choice), status, tuple(self.history),
             self.evaluations, self.best.name, self.logits,
         )  # fmt: skip
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_rco.baselines import starting_points, uniform
-from moe_rco.baselines.saliency import prune_lowest
+from moe_rco.baselines.saliency import prune_equally, prune_lowest
 from moe_rco.calib.calibrate import Usage
+from moe_rco.calib.search import knapsack
+from moe_rco.errors import BudgetError
 from moe_rco.types import Assignment, Budget, CostTable, Option
 from tests.baselines.tables import make_table, problems
 
@@ -103,3 +107,46 @@ def test_without_prune_only_uniform_remains() -> None:
     scores = {0: torch.ones(4), 1: torch.ones(4)}
     budget = Budget(Assignment.uniform(table, Option.parse("int4-g64")).cost, "")
     assert list(starting_points(table, budget, Usage(scores, scores))) == ["uniform int4-g64"]
+
+
+@given(problems(), st.integers(0, 99))
+def test_starting_points_of_the_stock_layout(problem: tuple[CostTable, Budget], seed: int) -> None:
+    table, budget = replace(problem[0], layout="stock"), problem[1]
+    usage = Usage(random_scores(table, seed), random_scores(table, seed + 1))
+    found = starting_points(table, budget, usage)
+    assert found, "a budget that can be met has a candidate"
+    for name, assignment in found.items():
+        assignment.check(budget)
+        if name.startswith("uniform"):
+            continue
+        scores = usage.counts if name.startswith("frequency") else usage.saliency
+        option = next(option for option in table.options if name.endswith(f"+ {option}"))
+        assert set(assignment.counts()) >= {"prune", option.name}
+        more = len(table.layers) * int(table.costs[0, table.option_index(option)])
+        assert assignment.cost + more > budget.bytes  # one more of every layer would not fit
+        for layer in table.layers:
+            score, kept = scores[layer].numpy(), assignment.choice[table.rows(layer)] > 0
+            assert score[kept].min() >= score[~kept].max(initial=-np.inf)
+
+
+def test_equal_pruning_needs_room_for_the_floor_and_an_option_to_prune() -> None:
+    table = make_table(2, 4, 2)
+    scores, four = {0: torch.ones(4), 1: torch.ones(4)}, table.option_index(Option.parse("int4-g64"))
+    price = int(table.costs[0, four])
+    assert prune_equally(table, Budget(4 * price - 1, ""), scores, table.options[four]) is None
+    kept = prune_equally(table, Budget(6 * price - 1, ""), scores, table.options[four])
+    assert kept is not None
+    assert (len(kept.kept(0)), len(kept.kept(1))) == (2, 2)
+    without = make_table(2, 4, 2, options=("int4-g64", "bf16"))
+    assert prune_equally(without, Budget(10**6, ""), scores, Option.parse("bf16")) is None
+
+
+@given(problems())
+def test_the_range_of_costs_is_that_of_both_layouts(problem: tuple[CostTable, Budget]) -> None:
+    table = replace(problem[0], layout="stock")
+    smallest, largest = table.range
+    zeros = np.zeros(table.costs.shape)
+    assert knapsack(-table.costs.astype(float), table, Budget(largest, "")).cost == largest
+    assert knapsack(zeros, table, Budget(smallest, "")).cost == smallest
+    with pytest.raises(BudgetError):
+        knapsack(zeros, table, Budget(smallest - 1, ""))

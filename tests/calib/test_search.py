@@ -151,3 +151,38 @@ def test_where_the_budget_leaves_no_choice_there_is_no_search(ready: Calibration
     chosen = rco(ready.model, budget, ready.q, ready.pools, references, Search(), {}, Silent())
     assert chosen.best.kl == pytest.approx(0, abs=1e-5)
     assert not chosen.history
+
+
+def test_the_stock_layout_holds_from_the_seed_to_the_result(
+    ready: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seed, samples and result of a search are of the layout; what is only compared is not."""
+    mixed = ready.model.table
+    table = dataclasses.replace(mixed, layout="stock")
+    monkeypatch.setattr(ready.model, "table", table)
+    references = (ready.calibrated.train, ready.calibrated.kept_out)
+    budget = Budget(int(table.original_bytes * 0.23), "test")
+    seed, free = knapsack(ready.q, table, budget), knapsack(ready.q, mixed, budget)
+    rows = np.arange(len(ready.q))
+    assert ready.q[rows, free.choice].sum() < ready.q[rows, seed.choice].sum()
+    sampled, effects = [], ready.model.effects
+
+    def watched(choice: np.ndarray, *rest: Any, **named: Any) -> Any:
+        sampled.append(choice)
+        return effects(choice, *rest, **named)
+
+    monkeypatch.setattr(ready.model, "effects", watched)
+    others = {"free": free, "worse": Assignment.uniform(mixed, Option.parse("prune"))}
+    others["worse"].choice[:] = knapsack(-ready.q, mixed, budget).choice
+    chosen = rco(
+        ready.model, budget, ready.q, ready.pools, references, Search(steps=3, samples=2, batch=4),
+        {}, Silent(), mixed=others,
+    )  # fmt: skip
+    assert len(sampled) == 3 * 2
+    for choice in (*sampled, seed.choice, *(candidate.assignment.choice for candidate in chosen.candidates)):
+        Assignment(table, choice).check(budget)
+    assert {candidate.name for candidate in chosen.candidates} == {SEED, "rco"}
+    judge = KeptOut(ready.model, ready.pools[1], references[1])
+    kls = {name: judge(other.choice) for name, other in others.items()}
+    assert chosen.mixed is not None
+    assert (chosen.mixed.name, chosen.mixed.kl) == min(kls.items(), key=lambda pair: pair[1])

@@ -1,0 +1,214 @@
+"""The experts of a layer on a CPU: their packed tensors in the kernels' layout, and the operator that runs
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import numba
+import torch
+from numba.np.ufunc.parallel import _launch_threads
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moe_rco.quant.packing import PACKED, SCALE, WEIGHT, ZERO_POINT
+from moe_rco.serve import vllm_cpu_kernel as kernel
+from moe_rco.serve.vllm_compat import direct_register_custom_op
+from moe_rco.types import Option
+
+# Multiply-adds of one call below which waking other threads costs more than it saves.
+PARALLEL_WORK = 1 << 20
+
+_library = torch.library.Library("moe_rco", "FRAGMENT")
+
+
+class CpuExperts(nn.Module):
+    """The packed experts of one layer in three flat buffers, which together are as large as on disk.
+
+    options: of every expert this process holds, by its global id; the others add nothing to the output.
+    """
+
+    words: Tensor
+    scales: Tensor
+    zeros: Tensor
+    table: Tensor
+
+    def __init__(
+        self, options: Mapping[int, Option], num_experts: int, hidden: int, intermediate: int
+    ) -> None:
+        super().__init__()
+        self.options, self.hidden, self.intermediate = dict(options), hidden, intermediate
+        table = torch.zeros(num_experts, kernel.TABLE_COLUMNS, dtype=torch.int64)
+        sizes = [0, 0, 0]
+        for expert, option in self.options.items():
+            table[expert, kernel.BITS] = option.bits
+            table[expert, kernel.GROUP] = option.group_size or 0
+            table[expert, kernel.ASYMMETRIC] = int(option.is_quantized and not option.symmetric)
+            for matrix in range(3):
+                needed = self._sizes(matrix, option)
+                for buffer, column in enumerate((kernel.WORDS, kernel.SCALES, kernel.ZEROS)):
+                    table[expert, column + matrix] = sizes[buffer]
+                    sizes[buffer] += needed[buffer]
+        # Integers, so that no conversion of the model's dtype touches them.
+        for name, size, dtype in zip(
+            ("words", "scales", "zeros"), sizes, (torch.int32, torch.int16, torch.int32), strict=True
+        ):
+            self.register_parameter(
+                name, nn.Parameter(torch.zeros(size, dtype=dtype, device="cpu"), requires_grad=False)
+            )
+        self.register_buffer("table", table.to("cpu"), persistent=False)
+
+    def _shape(self, matrix: int) -> tuple[int, int]:
+        """(output, input) of gate, up or down."""
+        return (self.hidden, self.intermediate) if matrix == 2 else (self.intermediate, self.hidden)
+
+    def _sizes(self, matrix: int, option: Option) -> tuple[int, int, int]:
+        """Elements of words, scales and zeros."""
+        rows, columns = self._shape(matrix)
+        padded = -(-rows // kernel.LANES) * kernel.LANES
+        per_word = 32 // option.bits
+        words = padded * -(-columns // per_word)
+        if not option.is_quantized:
+            return words, 0, 0
+        groups = columns // (option.group_size or columns)
+        zeros = 0 if option.symmetric else -(-rows // per_word) * groups
+        return words, padded * groups, zeros
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(tensor.nbytes for tensor in (self.words, self.scales, self.zeros))
+
+    def load(self, expert: int, matrix: int, suffix: str, tensor: Tensor) -> None:
+        """Put one tensor as written (of this process's share of the rows and columns) in its place."""
+        if suffix == ZERO_POINT:
+            target, column, flat = self.zeros, kernel.ZEROS, tensor.flatten()
+        elif suffix == SCALE:
+            target, column, flat = self.scales, kernel.SCALES, _blocked(tensor.view(torch.int16))
+        elif suffix == PACKED:
+            target, column, flat = self.words, kernel.WORDS, _blocked(tensor)
+        elif suffix == WEIGHT:
+            even = F.pad(tensor, (0, tensor.shape[1] % 2)).contiguous()
+            target, column, flat = self.words, kernel.WORDS, _blocked(even.view(torch.int32))
+        else:
+            raise ValueError(f"{suffix} is no tensor of an expert's matrix")
+        begin = int(self.table[expert, column + matrix])
+        target.data[begin : begin + flat.numel()] = flat
+
+    def prepare(self) -> None:
+        """Compile the kernels (a file cache keeps them), so that no request waits for it."""
+        x, weights = torch.zeros(1, self.hidden), torch.zeros(1, 1)
+        nobody = torch.full((1, 1), -1, dtype=torch.int32)
+        for threads in {1, _threads()}:
+            _run(
+                x,
+                weights,
+                nobody,
+                self.words,
+                self.scales,
+                self.zeros,
+                self.table,
+                self.intermediate,
+                threads,
+            )
+
+    def forward(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        """x [T, H], weights float32 [T, k] and global ids [T, k] -> [T, H], in x's dtype."""
+        return torch.ops.moe_rco.cpu_experts(
+            x, weights, ids, self.words, self.scales, self.zeros, self.table, self.intermediate
+        )
+
+
+def _blocked(tensor: Tensor) -> Tensor:
+    """[R, n] -> [R / 32, n, 32], rows padded with zeros; flat."""
+    rows, length = tensor.shape
+    if missing := -rows % kernel.LANES:
+        tensor = torch.cat([tensor, tensor.new_zeros(missing, length)])
+    return tensor.view(-1, kernel.LANES, length).transpose(1, 2).flatten()
+
+
+def _cpu_experts(
+    x: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    table: Tensor,
+    intermediate: int,
+) -> Tensor:
+    work = ids.numel() * x.shape[1] * intermediate
+    threads = _threads() if work >= PARALLEL_WORK else 1
+    return _run(x, weights, ids, words, scales, zeros, table, intermediate, threads)
+
+
+def _run(
+    x: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    table: Tensor,
+    intermediate: int,
+    threads: int,
+) -> Tensor:
+    out = torch.empty(x.shape, dtype=torch.float32)
+    (kernel.run_experts_parallel if threads > 1 else kernel.run_experts)(
+        _array(x, torch.float32),
+        _array(ids, torch.int32),
+        _array(weights, torch.float32),
+        table.numpy(),
+        words.numpy(),
+        scales.numpy(),
+        zeros.numpy(),
+        intermediate,
+        threads,
+        out.numpy(),
+    )
+    return out if x.dtype == torch.float32 else out.to(x.dtype)
+
+
+def _array(tensor: Tensor, dtype: torch.dtype) -> Any:
+    if tensor.dtype != dtype:
+        tensor = tensor.to(dtype)
+    return (tensor if tensor.is_contiguous() else tensor.contiguous()).numpy()
+
+
+@cache
+def _threads() -> int:
+    """Start as many threads in numba as torch has, on the OpenMP runtime that torch uses too: vLLM has bound its
+    threads to their cores. 1 where numba cannot use that runtime.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return 1
+    try:
+        numba.config.NUMBA_NUM_THREADS = threads  # pyright: ignore[reportAttributeAccessIssue]
+        numba.config.THREADING_LAYER = "omp"  # pyright: ignore[reportAttributeAccessIssue]
+        _launch_threads()
+        numba.set_num_threads(threads)
+    except (RuntimeError, ValueError):
+        return 1
+    return threads if numba.threading_layer() == "omp" else 1
+
+
+def _cpu_experts_shape(
+    x: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    table: Tensor,
+    intermediate: int,
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+direct_register_custom_op(
+    "cpu_experts", _cpu_experts, fake_impl=_cpu_experts_shape, target_lib=_library, dispatch_key="CPU"
+)

@@ -1,0 +1,365 @@
+"""Numba kernels that multiply by packed weights without ever expanding a matrix: what an expert costs at
+decode is reading its packed bytes.
+
+Layout of a matrix [R, C] in a layer's flat buffers. Rows come in blocks of 32, padded with zeros, so that a
+vector holds one column of one block:
+  words   int32 [R/32, W, 32]  the words on disk; column c is in word c // (32 // bits). bf16: two to a word
+  scales  int16 [R/32, G, 32]  the bits of bfloat16 (none for bf16)
+  zeros   int32 [ceil(R / per word), G]  zero points, packed along the rows as on disk (none if symmetric)
+Products are summed in float32; nothing is rounded between the two layers of an expert.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit, prange
+
+LANES = 32
+"""Rows in a block."""
+CHUNK = 64
+"""Columns unpacked at once where several tokens share them."""
+TILE = 4
+"""Tokens multiplied at once."""
+TOKENS = 64
+"""Most tokens of one expert in a task: their sums stay in the cache."""
+
+# Columns of the table with one row an expert. A row of zeros is an expert that is pruned or held elsewhere.
+BITS, GROUP, ASYMMETRIC, WORDS, SCALES, ZEROS = 0, 1, 2, 3, 6, 9
+"""From the last three on, one offset for each of gate, up and down."""
+TABLE_COLUMNS = 12
+
+# Only fused multiply-add may change a result: infinities and NaN pass through, and sums have a fixed order.
+_JIT: dict[str, Any] = {
+    "fastmath": {"contract"},
+    "nogil": True,
+    "error_model": "numpy",
+    "boundscheck": False,
+    "cache": True,
+}
+
+
+_F = np.float32
+_LOG2_E, _LN2_HIGH, _LN2_LOW, _ROUND = _F(1.44269504), _F(0.693359375), _F(-2.12194440e-4), _F(12582912)
+_C2, _C3, _C4, _C5, _C6, _C7 = _F(1 / 2), _F(1 / 6), _F(1 / 24), _F(1 / 120), _F(1 / 720), _F(1 / 5040)
+
+
+def _unpacker(bits: int) -> tuple[Any, Any]:
+    """Functions that unpack `count` columns of a block, and that multiply one token by them."""
+    per_word, mask = 32 // bits, (1 << bits) - 1
+
+    @njit(**_JIT)
+    def unpack(words, start, count, zero, scale, tile):
+        word = start // per_word
+        first = start - word * per_word
+        done = 0
+        while done < count:
+            row = words[word * LANES : (word + 1) * LANES]
+            if first == 0 and count - done >= per_word:
+                columns = tile[done * LANES : (done + per_word) * LANES]
+                for lane in range(LANES):
+                    value, offset, factor = row[lane], zero[lane], scale[lane]
+                    for j in range(per_word):
+                        code = np.float32(((value >> (bits * j)) & mask) - offset)
+                        columns[j * LANES + lane] = code * factor
+                done += per_word
+                word += 1
+            else:
+                column = tile[done * LANES : (done + 1) * LANES]
+                for lane in range(LANES):
+                    code = np.float32(((row[lane] >> (bits * first)) & mask) - zero[lane])
+                    column[lane] = code * scale[lane]
+                done += 1
+                first += 1
+                if first == per_word:
+                    first = 0
+                    word += 1
+
+    @njit(**_JIT)
+    def multiply(words, start, count, zero, x, total):
+        word = start // per_word
+        first = start - word * per_word
+        done = 0
+        while done < count:
+            row = words[word * LANES : (word + 1) * LANES]
+            if first == 0 and count - done >= per_word:
+                values = x[done : done + per_word]
+                for lane in range(LANES):
+                    value, offset, sum_ = row[lane], zero[lane], total[lane]
+                    for j in range(per_word):
+                        sum_ += np.float32(((value >> (bits * j)) & mask) - offset) * values[j]
+                    total[lane] = sum_
+                done += per_word
+                word += 1
+            else:
+                factor = x[done]
+                for lane in range(LANES):
+                    total[lane] += np.float32(((row[lane] >> (bits * first)) & mask) - zero[lane]) * factor
+                done += 1
+                first += 1
+                if first == per_word:
+                    first = 0
+                    word += 1
+
+    return unpack, multiply
+
+
+_unpack2, _multiply2 = _unpacker(2)
+_unpack3, _multiply3 = _unpacker(3)
+_unpack4, _multiply4 = _unpacker(4)
+_unpack8, _multiply8 = _unpacker(8)
+
+
+@njit(**_JIT)
+def _bfloat16(bits):
+    return np.int32(bits << 16).view(np.float32)
+
+
+@njit(**_JIT)
+def _unpack16(words, start, count, tile):
+    for done in range(0, count, 2):  # start is a multiple of CHUNK, the last word of an odd row is padded
+        row = words[(start + done) // 2 * LANES : ((start + done) // 2 + 1) * LANES]
+        columns = tile[done * LANES : (done + 2) * LANES]
+        for lane in range(LANES):
+            columns[lane] = _bfloat16(row[lane])
+            columns[LANES + lane] = np.int32(row[lane] & -65536).view(np.float32)
+
+
+@njit(**_JIT)
+def _multiply16(words, start, count, x, total):
+    done = 0
+    while done + 8 <= count:
+        rows = words[(start + done) // 2 * LANES : ((start + done) // 2 + 4) * LANES]
+        values = x[done : done + 8]
+        for lane in range(LANES):
+            sum_ = total[lane]
+            for j in range(4):
+                word = rows[j * LANES + lane]
+                sum_ += np.int32(word << 16).view(np.float32) * values[2 * j]
+                sum_ += np.int32(word & -65536).view(np.float32) * values[2 * j + 1]
+            total[lane] = sum_
+        done += 8
+    while done < count:
+        row = words[(start + done) // 2 * LANES : ((start + done) // 2 + 1) * LANES]
+        shift = 16 if (start + done) % 2 == 0 else 0
+        for lane in range(LANES):
+            total[lane] += np.int32((row[lane] << shift) & -65536).view(np.float32) * x[done]
+        done += 1
+
+
+@njit(**_JIT)
+def _accumulate(tile, count, x, stride, totals):
+    """totals [TILE, LANES] += x [TILE, count] (rows `stride` apart) @ tile [count, LANES]"""
+    column = 0
+    while column + 8 <= count:
+        weights = tile[column * LANES : (column + 8) * LANES]
+        x0, x1 = x[column : column + 8], x[stride + column : stride + column + 8]
+        x2, x3 = (
+            x[2 * stride + column : 2 * stride + column + 8],
+            x[3 * stride + column : 3 * stride + column + 8],
+        )
+        for lane in range(LANES):
+            sum0, sum1 = totals[lane], totals[LANES + lane]
+            sum2, sum3 = totals[2 * LANES + lane], totals[3 * LANES + lane]
+            for j in range(8):
+                weight = weights[j * LANES + lane]
+                sum0 += weight * x0[j]
+                sum1 += weight * x1[j]
+                sum2 += weight * x2[j]
+                sum3 += weight * x3[j]
+            totals[lane], totals[LANES + lane] = sum0, sum1
+            totals[2 * LANES + lane], totals[3 * LANES + lane] = sum2, sum3
+        column += 8
+    while column < count:
+        weights = tile[column * LANES : (column + 1) * LANES]
+        for token in range(TILE):
+            factor = x[token * stride + column]
+            for lane in range(LANES):
+                totals[token * LANES + lane] += weights[lane] * factor
+        column += 1
+
+
+@njit(**_JIT)
+def _group_grid(entry, matrix, scales, zeros, groups, group, block, scale, zero):
+    """Scales and zero points of a block's rows in one group of columns."""
+    bits = entry[BITS]
+    at = entry[SCALES + matrix] + (block * groups + group) * LANES
+    stored = scales[at : at + LANES]
+    for lane in range(LANES):
+        scale[lane] = _bfloat16(np.int32(stored[lane]))
+    if entry[ASYMMETRIC]:
+        per_word, mask = 32 // bits, (1 << bits) - 1
+        word = block * LANES // per_word
+        code = block * LANES - word * per_word
+        at = entry[ZEROS + matrix] + word * groups + group
+        for lane in range(LANES):
+            if at < len(zeros):  # not so in the padding of the last block
+                zero[lane] = (zeros[at] >> (bits * code)) & mask
+            code += 1
+            if code == per_word:
+                code = 0
+                at += groups
+
+
+@njit(**_JIT)
+def _project(entry, matrix, words, scales, zeros, block, columns, x, tokens, tile, grid, zero, totals):
+    """totals [tokens, LANES] = x [tokens, columns] @ the transposed rows of one block.
+
+    `tokens` is 1 or a multiple of TILE; `tile`, `grid` and `zero` are scratch.
+    """
+    bits, group = entry[BITS], entry[GROUP]
+    if group == 0:
+        group = columns
+    per_word = 32 // bits
+    width, groups = (columns + per_word - 1) // per_word, columns // group
+    begin = entry[WORDS + matrix] + block * width * LANES
+    block_words = words[begin : begin + width * LANES]
+    scale, sums = grid[:LANES], grid[LANES:]
+    totals[: tokens * LANES] = 0
+    scale[:] = 1
+    zero[:] = 1 << (bits - 1) if bits < 16 else 0
+    for g in range(groups):
+        if bits < 16:
+            _group_grid(entry, matrix, scales, zeros, groups, g, block, scale, zero)
+        sums[:] = 0
+        end = (g + 1) * group
+        for start in range(g * group, end, CHUNK):
+            count = min(CHUNK, end - start)
+            if tokens == 1:
+                part = x[start : start + count]
+                if bits == 4:
+                    _multiply4(block_words, start, count, zero, part, sums)
+                elif bits == 8:
+                    _multiply8(block_words, start, count, zero, part, sums)
+                elif bits == 3:
+                    _multiply3(block_words, start, count, zero, part, sums)
+                elif bits == 2:
+                    _multiply2(block_words, start, count, zero, part, sums)
+                else:
+                    _multiply16(block_words, start, count, part, sums)
+            else:
+                if bits == 4:
+                    _unpack4(block_words, start, count, zero, scale, tile)
+                elif bits == 8:
+                    _unpack8(block_words, start, count, zero, scale, tile)
+                elif bits == 3:
+                    _unpack3(block_words, start, count, zero, scale, tile)
+                elif bits == 2:
+                    _unpack2(block_words, start, count, zero, scale, tile)
+                else:
+                    _unpack16(block_words, start, count, tile)
+                for token in range(0, tokens, TILE):
+                    _accumulate(tile, count, x[token * columns + start :], columns, totals[token * LANES :])
+        if tokens == 1:
+            for lane in range(LANES):
+                totals[lane] += sums[lane] * scale[lane]
+
+
+@njit(**_JIT)
+def _activate(gate, up, weight, result):
+    """result = silu(gate) * up * weight, to float32's precision, in operations that vectorise (the library's
+    exp does not).
+    """
+    for i in range(len(result)):
+        y = -gate[i] if -gate[i] < _F(88) else _F(88)
+        y = y if y > _F(-87) else _F(-87)
+        # exp(y) = 2^n exp(r) with |r| <= ln(2) / 2; adding and subtracting 1.5 * 2^23 rounds to an integer.
+        n = (y * _LOG2_E + _ROUND) - _ROUND
+        r = y - n * _LN2_HIGH - n * _LN2_LOW
+        exp = ((((_C7 * r + _C6) * r + _C5) * r + _C4) * r + _C3) * r + _C2
+        exp = (exp * r + _F(1)) * r + _F(1)
+        power = np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+        result[i] = gate[i] / (_F(1) + exp * power) * up[i] * weight
+
+
+def _experts(x, ids, weights, table, words, scales, zeros, intermediate, workers, out):
+    """out [T, H] = the weighted sum of the chosen experts' outputs.
+
+    x float32 [T, H], ids int32 and weights float32 [T, k], table int64 [E, TABLE_COLUMNS]. A chosen expert
+    with no entry adds nothing. The work is dealt out in `workers` parts.
+    """
+    tokens, hidden = x.shape
+    top_k = ids.shape[1]
+    flat = out.reshape(-1)
+    flat[:] = 0
+    experts = table.shape[0]
+    counts = np.zeros(experts, np.int64)
+    for token in range(tokens):
+        for j in range(top_k):
+            expert = ids[token, j]
+            if expert >= 0 and table[expert, BITS] > 0:
+                counts[expert] += 1
+    # Slots: the (token, expert) pairs in order of their experts, each expert's padded to whole tiles.
+    starts = np.zeros(experts, np.int64)
+    slots, tasks = 0, 0
+    for expert in range(experts):
+        starts[expert] = slots
+        if counts[expert] > 1:
+            counts[expert] = (counts[expert] + TILE - 1) // TILE * TILE
+        slots += counts[expert]
+        tasks += (counts[expert] + TOKENS - 1) // TOKENS
+    task_expert = np.empty(tasks, np.int64)
+    task_start = np.empty(tasks, np.int64)
+    task_slots = np.empty(tasks, np.int64)
+    task = 0
+    for expert in range(experts):
+        for first in range(0, counts[expert], TOKENS):
+            task_expert[task], task_start[task] = expert, starts[expert] + first
+            task_slots[task] = min(TOKENS, counts[expert] - first)
+            task += 1
+    slot_token = np.full(slots, -1, np.int64)
+    slot_weight = np.zeros(slots, np.float32)
+    inputs = np.zeros(slots * hidden, np.float32)
+    for token in range(tokens):
+        for j in range(top_k):
+            expert = ids[token, j]
+            if expert >= 0 and table[expert, BITS] > 0:
+                slot = starts[expert]
+                starts[expert] += 1
+                slot_token[slot], slot_weight[slot] = token, weights[token, j]
+                inputs[slot * hidden : (slot + 1) * hidden] = x[token]
+    middle = np.empty(slots * intermediate, np.float32)
+    blocks = (intermediate + LANES - 1) // LANES
+    for worker in prange(workers):
+        tile, grid = np.empty(CHUNK * LANES, np.float32), np.empty(2 * LANES, np.float32)
+        zero, both = np.empty(LANES, np.int32), np.empty(2 * TOKENS * LANES, np.float32)
+        for index in range(np.int64(worker), tasks * blocks, workers):
+            task, block = index // blocks, index % blocks
+            entry, begin, n = table[task_expert[task]], task_start[task], task_slots[task]
+            part = inputs[begin * hidden : (begin + n) * hidden]
+            for matrix in range(2):
+                totals = both[matrix * n * LANES : (matrix + 1) * n * LANES]
+                _project(
+                    entry, matrix, words, scales, zeros, block, hidden, part, n, tile, grid, zero, totals
+                )
+            rows = min(LANES, intermediate - block * LANES)
+            for slot in range(n):
+                at = (begin + slot) * intermediate + block * LANES
+                gate = both[slot * LANES : slot * LANES + rows]
+                up = both[(n + slot) * LANES : (n + slot) * LANES + rows]
+                _activate(gate, up, slot_weight[begin + slot], middle[at : at + rows])
+    # One worker owns a block of the output's columns, so that its sums run over the experts in a fixed order.
+    blocks = (hidden + LANES - 1) // LANES
+    for worker in prange(workers):
+        tile, grid = np.empty(CHUNK * LANES, np.float32), np.empty(2 * LANES, np.float32)
+        zero, down = np.empty(LANES, np.int32), np.empty(TOKENS * LANES, np.float32)
+        for block in range(np.int64(worker), blocks, workers):
+            rows = min(LANES, hidden - block * LANES)
+            for task in range(tasks):
+                entry, begin, n = table[task_expert[task]], task_start[task], task_slots[task]
+                part = middle[begin * intermediate : (begin + n) * intermediate]
+                _project(entry, 2, words, scales, zeros, block, intermediate, part, n, tile, grid, zero, down)
+                for slot in range(n):
+                    token = slot_token[begin + slot]
+                    if token >= 0:
+                        at = token * hidden + block * LANES
+                        row, total = flat[at : at + rows], down[slot * LANES : slot * LANES + rows]
+                        for lane in range(rows):
+                            row[lane] += total[lane]
+
+
+run_experts: Any = njit(**_JIT)(_experts)
+"""`_experts` on the calling thread: for the little work of a small model's decoding."""
+run_experts_parallel: Any = njit(**_JIT, parallel=True)(_experts)
+"""`_experts` on the threads of numba's OpenMP layer, which are torch's own."""

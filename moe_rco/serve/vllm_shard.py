@@ -1,0 +1,68 @@
+"""One process's share of an expert's tensors under tensor parallelism, cut from the tensors on disk.
+
+Gate and up give each process a range of their rows, down a range of its columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_rco.errors import ModelError
+from moe_rco.quant.packing import PACKED, SCALE, WEIGHT, ZERO_POINT
+from moe_rco.types import Option, Weight
+
+
+def check_split(weight: Weight, option: Option, parts: int) -> None:
+    """Raise ModelError if `parts` processes cannot share the input dimension of a down projection."""
+    columns = weight.shape[1]
+    if columns % parts:
+        raise ModelError(
+            f"{weight.name} has {columns} inputs, which {parts} processes cannot share evenly; "
+            "use another --tensor-parallel-size or --enable-expert-parallel"
+        )
+    if option.group_size is not None and columns // parts % option.group_size:
+        raise ModelError(
+            f"{weight.name} is {option}: {parts} processes would get {columns // parts} inputs each, not a "
+            f"multiple of {option.group_size}; use a smaller --tensor-parallel-size or --enable-expert-parallel"
+        )
+
+
+def shard(
+    tensor: Tensor, suffix: str, option: Option, shape: tuple[int, int], down: bool, rank: int, parts: int
+) -> Tensor:
+    """The part of one tensor as written, `suffix` of a weight of `shape`, that process `rank` of `parts` keeps.
+
+    A scale per output channel of a down projection is kept whole by everyone. Codes and zero points that do
+    not begin at a word are packed anew.
+    """
+    if parts == 1:
+        return tensor
+    per_word = 32 // option.bits
+    size = shape[1 if down else 0] // parts
+    begin, end = rank * size, (rank + 1) * size
+    if down:
+        if suffix == WEIGHT:
+            return tensor[:, begin:end]
+        if suffix == PACKED:
+            return slice_packed(tensor, option.bits, begin, end)
+        group = option.group_size
+        return tensor if group is None else tensor[:, begin // group : end // group]
+    if suffix == ZERO_POINT:
+        return slice_packed(tensor.T, option.bits, begin, end).T
+    assert suffix in (WEIGHT, PACKED, SCALE), per_word
+    return tensor[begin:end]
+
+
+def slice_packed(packed: Tensor, bits: int, begin: int, end: int) -> Tensor:
+    """Columns begin..end of int32 [n, W] that packs `32 // bits` codes a word, lowest bits first; int32 [n, w]."""
+    per_word = 32 // bits
+    first = begin // per_word
+    words = packed[:, first : -(-end // per_word)]
+    if begin % per_word == 0 and (end % per_word == 0 or end >= packed.shape[1] * per_word):
+        return words
+    shifts = torch.arange(per_word, device=packed.device) * bits
+    codes = (words.to(torch.int64).unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
+    codes = codes.flatten(1)[:, begin - first * per_word : end - first * per_word]
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % per_word)).unflatten(1, (-1, per_word))
+    return (codes << shifts).sum(-1).to(torch.int32)

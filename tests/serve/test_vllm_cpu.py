@@ -1,0 +1,170 @@
+"""The CPU experts against double-precision arithmetic on the dequantised weights."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moe_rco.quant.packing import SHAPE, WEIGHT, dequantize, nbytes, pack
+from moe_rco.quant.rtn import quantize_rtn
+from moe_rco.types import Option
+from tests.vllm_engine import ROOT
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from moe_rco.serve import vllm_cpu_kernel as kernel
+from moe_rco.serve.vllm_cpu import CpuExperts
+
+pytestmark = pytest.mark.slow  # compiles the kernels where no earlier run has left them
+HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 64, 96, 9, 3
+MIXED = ("bf16", "int8", "int8-g32", "int4-g16", "int4", "int3-g32", "int3", "int2-g16")
+
+
+def build(
+    names: Sequence[str], hidden: int = HIDDEN, intermediate: int = INTERMEDIATE, seed: int = 0
+) -> tuple[CpuExperts, dict[int, list[Tensor]], int]:
+    """Experts whose ids take `names` in turn, their dequantised weights in float64, and their bytes on disk."""
+    generator = torch.Generator().manual_seed(seed)
+    options = {expert: Option.parse(names[expert % len(names)]) for expert in range(EXPERTS)}
+    options = {expert: option for expert, option in options.items() if not option.is_prune}
+    experts = CpuExperts(options, EXPERTS, hidden, intermediate)
+    weights: dict[int, list[Tensor]] = {}
+    on_disk = 0
+    for expert, option in options.items():
+        for matrix, shape in enumerate(
+            ((intermediate, hidden), (intermediate, hidden), (hidden, intermediate))
+        ):
+            weight = torch.randn(shape, generator=generator) * shape[1] ** -0.5
+            tensors = {WEIGHT: weight.bfloat16()}
+            if option.is_quantized:
+                quantised = quantize_rtn(weight, option, search=False)
+                tensors = pack(quantised.codes, quantised.scale, quantised.zero, option)
+            weights.setdefault(expert, []).append(dequantize(tensors, option).double())
+            on_disk += nbytes(shape, option)
+            for suffix, tensor in tensors.items():
+                if suffix != SHAPE:
+                    experts.load(expert, matrix, suffix, tensor)
+    return experts, weights, on_disk
+
+
+def routing(tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.stack([torch.randperm(EXPERTS, generator=generator)[:TOP_K] for _ in range(tokens)])
+    x = torch.randn(tokens, HIDDEN, generator=generator)
+    return x, torch.rand(tokens, TOP_K, generator=generator), ids.int()
+
+
+def reference(weights: dict[int, list[Tensor]], x: Tensor, factors: Tensor, ids: Tensor) -> Tensor:
+    out = torch.zeros(x.shape, dtype=torch.float64)
+    for token, (row, chosen) in enumerate(zip(x.double(), ids.tolist(), strict=True)):
+        for factor, expert in zip(factors[token].double(), chosen, strict=True):
+            if expert in weights:
+                gate, up, down = weights[expert]
+                out[token] += factor * (down @ (F.silu(gate @ row) * (up @ row)))
+    return out
+
+
+@pytest.mark.parametrize("names", [*((name,) for name in MIXED), (*MIXED, "prune")], ids="-".join)
+@pytest.mark.parametrize("tokens", [1, 2, 150])
+def test_exact_to_float32(names: tuple[str, ...], tokens: int) -> None:
+    experts, weights, _ = build(names)
+    x, factors, ids = routing(tokens)
+    expected = reference(weights, x, factors, ids)
+    assert (experts(x, factors, ids) - expected).abs().max() < 2e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("shape", [(64, 33), (48, 16)])
+def test_rows_need_not_fill_blocks(shape: tuple[int, int]) -> None:
+    hidden, intermediate = shape
+    experts, weights, _ = build(("int3", "int2", "bf16", "int8", "int4"), hidden, intermediate)
+    x, factors, ids = routing(5)
+    expected = reference(weights, x[:, :hidden], factors, ids)
+    assert (experts(x[:, :hidden], factors, ids) - expected).abs().max() < 2e-6 * expected.abs().max()
+
+
+def test_an_expert_that_is_not_here_adds_nothing() -> None:
+    experts, _, _ = build(("int4", "prune", "prune"))
+    x, factors, _ = routing(4)
+    assert not experts(x, factors, torch.tensor([[1, 2, -1]] * 4)).any()
+
+
+def test_large_and_undefined_activations_come_out_as_they_should() -> None:
+    experts, weights, _ = build(("bf16", "int4"))
+    x, factors, ids = routing(3)
+    x[0] *= 1e4  # silu saturates
+    expected = reference(weights, x, factors, ids)
+    error = (experts(x, factors, ids) - expected).abs().amax(1)
+    assert (error < 2e-6 * expected.abs().amax(1)).all()
+    x[1, 0] = torch.nan
+    found = experts(x, factors, ids)
+    assert found[1].isnan().all()
+    assert found[[0, 2]].isfinite().all()
+
+
+def test_each_token_is_its_own() -> None:
+    experts, _, _ = build(MIXED)
+    x, factors, ids = routing(70)
+    together = experts(x, factors, ids)
+    alone = torch.cat([experts(x[t : t + 1], factors[t : t + 1], ids[t : t + 1]) for t in range(len(x))])
+    assert torch.allclose(together, alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
+    experts, weights, _ = build(MIXED)
+    x, factors, ids = routing(6)
+    found = experts(x.to(dtype), factors, ids.long())
+    assert found.dtype == dtype
+    expected = reference(weights, x.to(dtype), factors, ids)
+    step = torch.finfo(dtype).eps
+    assert ((found.double() - expected).abs() <= step * expected.abs() + 1e-5).all()
+
+
+def test_threads_change_nothing() -> None:
+    experts, _, _ = build(MIXED)
+    x, factors, ids = routing(40)
+    arrays = [t.detach().numpy() for t in (experts.words, experts.scales, experts.zeros)]
+    out = torch.empty_like(x)
+    kernel.run_experts_parallel(
+        x.numpy(), ids.numpy(), factors.numpy(), experts.table.numpy(), *arrays, INTERMEDIATE, 3, out.numpy()
+    )
+    assert torch.equal(out, experts(x, factors, ids))
+
+
+def test_bytes_held_are_the_bytes_on_disk() -> None:
+    experts, weights, on_disk = build(MIXED)
+    shapes = sum(16 * 3 for expert in weights if experts.options[expert].is_quantized)
+    # Every row count is a multiple of 32, so nothing is padded; `weight_shape` is not needed.
+    assert experts.nbytes == on_disk - shapes
+
+
+def test_the_operator_is_sound() -> None:
+    experts, _, _ = build(("int4", "bf16"))
+    x, factors, ids = routing(3)
+    tensors = (experts.words, experts.scales, experts.zeros, experts.table)
+    torch.library.opcheck(torch.ops.moe_rco.cpu_experts.default, (x, factors, ids, *tensors, INTERMEDIATE))
+
+
+def test_the_operator_uses_the_threads_torch_has() -> None:
+    code = (
+        "import torch; from moe_rco.serve import vllm_cpu; from tests.serve.test_vllm_cpu import *\n"
+        "experts, _, _ = build(MIXED); arguments = routing(40); alone = experts(*arguments)\n"
+        "vllm_cpu.PARALLEL_WORK = 0; assert torch.equal(experts(*arguments), alone)\n"
+        "import numba; print(numba.threading_layer(), numba.get_num_threads(), torch.get_num_threads())"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert run.stdout.split() == ["omp", "2", "2"], run.stderr[-2000:]
