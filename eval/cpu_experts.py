@@ -34,7 +34,7 @@ RESULT = Path(__file__).parent / "results" / "cpu_experts.md"
 TOKENS = (1, 16, 256)
 OPTIONS = ("bf16", "int8-g64", "int4-g64", "int3-g64", "int2-g64")
 INT8_PER_CHANNEL = "int8"
-SECONDS = 0.5
+SECONDS = 1.0
 Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -139,13 +139,14 @@ def int8pack(written: list[list[dict[str, Tensor]]]) -> Experts:
     def matrix(tensors: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
         codes, scale, _ = unpack(tensors, Option.parse(INT8_PER_CHANNEL))
         scale = scale.flatten().float()
-        return lambda x: torch._weight_int8pack_mm(x, codes, scale)
+        return lambda x: torch.ops.aten._weight_int8pack_mm(x, codes, scale)
 
     return one_by_one([[matrix(tensors) for tensors in expert] for expert in written])
 
 
 def exact(weights: list[list[Tensor]]) -> Experts:
-    return one_by_one([[lambda x, w=w.double(): x @ w.T for w in expert] for expert in weights])
+    doubles = [[weight.double() for weight in expert] for expert in weights]
+    return one_by_one([[lambda x, w=weight: x @ w.T for weight in expert] for expert in doubles])
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -163,7 +164,9 @@ def measure(shape: Shape) -> list[str]:
     lines = [
         f"## {shape.name}: hidden {shape.hidden}, intermediate {shape.intermediate}, {shape.top_k} of {shape.experts} experts",
         "",
-        "| weights | kernel | " + " | ".join(f"{tokens} tokens" for tokens in TOKENS) + " | error |",
+        "| weights | kernel | "
+        + " | ".join(f"{tokens} token{'s' * (tokens > 1)}" for tokens in TOKENS)
+        + " | error |",
         "|:--|:--|" + "--:|" * (len(TOKENS) + 1),
     ]
     inputs = {}
@@ -206,7 +209,8 @@ def main() -> None:
         "# The experts of one layer on a CPU",
         "",
         "Made by `OMP_NUM_THREADS=1 python -m eval.cpu_experts`, whose first lines say what is compared. In brackets: the time",
-        f"relative to vLLM's fused bfloat16 kernel. {torch.get_num_threads()} thread, torch {torch.__version__}, inputs in float32 but for the first line.",
+        f"relative to vLLM's fused bfloat16 kernel. {torch.get_num_threads()} thread, torch {torch.__version__}; inputs are",
+        "float32 but for that kernel's.",
         "",
     ]
     with torch.inference_mode():

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from moe_rco.quant.packing import PACKED, SCALE, WEIGHT, ZERO_POINT
 from moe_rco.serve import vllm_cpu_kernel as kernel
 from moe_rco.serve.vllm_compat import direct_register_custom_op
+from moe_rco.serve.vllm_shard import unpack_words
 from moe_rco.types import Option
 
 # Multiply-adds of one call below which waking other threads costs more than it saves.
@@ -74,7 +75,7 @@ class CpuExperts(nn.Module):
         if not option.is_quantized:
             return words, 0, 0
         groups = columns // (option.group_size or columns)
-        zeros = 0 if option.symmetric else -(-rows // per_word) * groups
+        zeros = 0 if option.symmetric else padded // kernel.LANES * groups * option.bits
         return words, padded * groups, zeros
 
     @property
@@ -85,7 +86,8 @@ class CpuExperts(nn.Module):
     def load(self, expert: int, matrix: int, suffix: str, tensor: Tensor) -> None:
         """Put one tensor as written (of this process's share of the rows and columns) in its place."""
         if suffix == ZERO_POINT:
-            target, column, flat = self.zeros, kernel.ZEROS, tensor.flatten()
+            rows, bits = self._shape(matrix)[0], self.options[expert].bits
+            target, column, flat = self.zeros, kernel.ZEROS, _planes(tensor, bits, rows)
         elif suffix == SCALE:
             target, column, flat = self.scales, kernel.SCALES, _blocked(tensor.view(torch.int16))
         elif suffix == PACKED:
@@ -128,6 +130,14 @@ def _blocked(tensor: Tensor) -> Tensor:
     if missing := -rows % kernel.LANES:
         tensor = torch.cat([tensor, tensor.new_zeros(missing, length)])
     return tensor.view(-1, kernel.LANES, length).transpose(1, 2).flatten()
+
+
+def _planes(packed: Tensor, bits: int, rows: int) -> Tensor:
+    """Zero points packed along the rows, int32 [words, G], as bits of 32 rows: [R / 32, G, bits], flat."""
+    codes = F.pad(unpack_words(packed.T, bits)[:, :rows], (0, -rows % kernel.LANES))
+    lanes = torch.arange(kernel.LANES)
+    planes = (codes.unflatten(1, (-1, 1, kernel.LANES)) >> torch.arange(bits).unsqueeze(1)) & 1
+    return (planes << lanes).sum(-1).to(torch.int32).transpose(0, 1).flatten()
 
 
 def _cpu_experts(

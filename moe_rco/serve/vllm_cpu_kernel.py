@@ -5,7 +5,7 @@ Layout of a matrix [R, C] in a layer's flat buffers. Rows come in blocks of 32, 
 vector holds one column of one block:
   words   int32 [R/32, W, 32]  the words on disk; column c is in word c // (32 // bits). bf16: two to a word
   scales  int16 [R/32, G, 32]  the bits of bfloat16 (none for bf16)
-  zeros   int32 [ceil(R / per word), G]  zero points, packed along the rows as on disk (none if symmetric)
+  zeros   int32 [R/32, G, bits]  the zero points' lowest bits, next bits, ...: bit i is row i's (none if symmetric)
 Products are summed in float32; nothing is rounded between the two layers of an expert.
 """
 
@@ -20,8 +20,10 @@ LANES = 32
 """Rows in a block."""
 CHUNK = 64
 """Columns unpacked at once where several tokens share them."""
+SINGLE = 4
+"""Up to this many tokens of an expert are multiplied one by one, straight from the packed weights."""
 TILE = 4
-"""Tokens multiplied at once."""
+"""Tokens multiplied at once by unpacked weights."""
 TOKENS = 64
 """Most tokens of one expert in a task: their sums stay in the cache."""
 
@@ -48,6 +50,7 @@ _C2, _C3, _C4, _C5, _C6, _C7 = _F(1 / 2), _F(1 / 6), _F(1 / 24), _F(1 / 120), _F
 def _unpacker(bits: int) -> tuple[Any, Any]:
     """Functions that unpack `count` columns of a block, and that multiply one token by them."""
     per_word, mask = 32 // bits, (1 << bits) - 1
+    step = max(1, 16 // per_word)  # words at once: enough columns to hide the sums' latency
 
     @njit(**_JIT)
     def unpack(words, start, count, zero, scale, tile):
@@ -61,15 +64,15 @@ def _unpacker(bits: int) -> tuple[Any, Any]:
                 for lane in range(LANES):
                     value, offset, factor = row[lane], zero[lane], scale[lane]
                     for j in range(per_word):
-                        code = np.float32(((value >> (bits * j)) & mask) - offset)
-                        columns[j * LANES + lane] = code * factor
+                        code = np.int32(((value >> (bits * j)) & mask) - offset)
+                        columns[j * LANES + lane] = np.float32(code) * factor
                 done += per_word
                 word += 1
             else:
                 column = tile[done * LANES : (done + 1) * LANES]
                 for lane in range(LANES):
-                    code = np.float32(((row[lane] >> (bits * first)) & mask) - zero[lane])
-                    column[lane] = code * scale[lane]
+                    code = np.int32(((row[lane] >> (bits * first)) & mask) - zero[lane])
+                    column[lane] = np.float32(code) * scale[lane]
                 done += 1
                 first += 1
                 if first == per_word:
@@ -82,20 +85,26 @@ def _unpacker(bits: int) -> tuple[Any, Any]:
         first = start - word * per_word
         done = 0
         while done < count:
-            row = words[word * LANES : (word + 1) * LANES]
-            if first == 0 and count - done >= per_word:
-                values = x[done : done + per_word]
+            if first == 0 and count - done >= step * per_word:
+                rows = words[word * LANES : (word + step) * LANES]
+                values = x[done : done + step * per_word]
                 for lane in range(LANES):
-                    value, offset, sum_ = row[lane], zero[lane], total[lane]
-                    for j in range(per_word):
-                        sum_ += np.float32(((value >> (bits * j)) & mask) - offset) * values[j]
-                    total[lane] = sum_
-                done += per_word
-                word += 1
+                    offset, even, odd = zero[lane], total[lane], np.float32(0)
+                    for k in range(step):
+                        value = rows[k * LANES + lane]
+                        for j in range(0, per_word, 2):
+                            code = np.int32(((value >> (bits * j)) & mask) - offset)
+                            even += np.float32(code) * values[k * per_word + j]
+                            code = np.int32(((value >> (bits * (j + 1))) & mask) - offset)
+                            odd += np.float32(code) * values[k * per_word + j + 1]
+                    total[lane] = even + odd
+                done += step * per_word
+                word += step
             else:
-                factor = x[done]
+                row, factor = words[word * LANES : (word + 1) * LANES], x[done]
                 for lane in range(LANES):
-                    total[lane] += np.float32(((row[lane] >> (bits * first)) & mask) - zero[lane]) * factor
+                    code = np.int32(((row[lane] >> (bits * first)) & mask) - zero[lane])
+                    total[lane] += np.float32(code) * factor
                 done += 1
                 first += 1
                 if first == per_word:
@@ -129,17 +138,17 @@ def _unpack16(words, start, count, tile):
 @njit(**_JIT)
 def _multiply16(words, start, count, x, total):
     done = 0
-    while done + 8 <= count:
-        rows = words[(start + done) // 2 * LANES : ((start + done) // 2 + 4) * LANES]
-        values = x[done : done + 8]
+    while done + 16 <= count:
+        rows = words[(start + done) // 2 * LANES : ((start + done) // 2 + 8) * LANES]
+        values = x[done : done + 16]
         for lane in range(LANES):
-            sum_ = total[lane]
-            for j in range(4):
+            even, odd = total[lane], np.float32(0)
+            for j in range(8):
                 word = rows[j * LANES + lane]
-                sum_ += np.int32(word << 16).view(np.float32) * values[2 * j]
-                sum_ += np.int32(word & -65536).view(np.float32) * values[2 * j + 1]
-            total[lane] = sum_
-        done += 8
+                even += np.int32(word << 16).view(np.float32) * values[2 * j]
+                odd += np.int32(word & -65536).view(np.float32) * values[2 * j + 1]
+            total[lane] = even + odd
+        done += 16
     while done < count:
         row = words[(start + done) // 2 * LANES : ((start + done) // 2 + 1) * LANES]
         shift = 16 if (start + done) % 2 == 0 else 0
@@ -189,24 +198,19 @@ def _group_grid(entry, matrix, scales, zeros, groups, group, block, scale, zero)
     for lane in range(LANES):
         scale[lane] = _bfloat16(np.int32(stored[lane]))
     if entry[ASYMMETRIC]:
-        per_word, mask = 32 // bits, (1 << bits) - 1
-        word = block * LANES // per_word
-        code = block * LANES - word * per_word
-        at = entry[ZEROS + matrix] + word * groups + group
-        for lane in range(LANES):
-            if at < len(zeros):  # not so in the padding of the last block
-                zero[lane] = (zeros[at] >> (bits * code)) & mask
-            code += 1
-            if code == per_word:
-                code = 0
-                at += groups
+        at = entry[ZEROS + matrix] + (block * groups + group) * bits
+        zero[:] = 0
+        for k in range(bits):
+            plane = zeros[at + k]
+            for lane in range(LANES):
+                zero[lane] |= np.int32(((plane >> lane) & 1) << k)
 
 
 @njit(**_JIT)
 def _project(entry, matrix, words, scales, zeros, block, columns, x, tokens, tile, grid, zero, totals):
     """totals [tokens, LANES] = x [tokens, columns] @ the transposed rows of one block.
 
-    `tokens` is 1 or a multiple of TILE; `tile`, `grid` and `zero` are scratch.
+    `tokens` is at most SINGLE or a multiple of TILE; `tile`, `grid` and `zero` are scratch.
     """
     bits, group = entry[BITS], entry[GROUP]
     if group == 0:
@@ -222,22 +226,25 @@ def _project(entry, matrix, words, scales, zeros, block, columns, x, tokens, til
     for g in range(groups):
         if bits < 16:
             _group_grid(entry, matrix, scales, zeros, groups, g, block, scale, zero)
-        sums[:] = 0
         end = (g + 1) * group
+        if tokens <= SINGLE:
+            sums[: tokens * LANES] = 0
         for start in range(g * group, end, CHUNK):
             count = min(CHUNK, end - start)
-            if tokens == 1:
-                part = x[start : start + count]
-                if bits == 4:
-                    _multiply4(block_words, start, count, zero, part, sums)
-                elif bits == 8:
-                    _multiply8(block_words, start, count, zero, part, sums)
-                elif bits == 3:
-                    _multiply3(block_words, start, count, zero, part, sums)
-                elif bits == 2:
-                    _multiply2(block_words, start, count, zero, part, sums)
-                else:
-                    _multiply16(block_words, start, count, part, sums)
+            if tokens <= SINGLE:
+                for token in range(tokens):
+                    part = x[token * columns + start : token * columns + start + count]
+                    sum_ = sums[token * LANES : (token + 1) * LANES]
+                    if bits == 4:
+                        _multiply4(block_words, start, count, zero, part, sum_)
+                    elif bits == 8:
+                        _multiply8(block_words, start, count, zero, part, sum_)
+                    elif bits == 3:
+                        _multiply3(block_words, start, count, zero, part, sum_)
+                    elif bits == 2:
+                        _multiply2(block_words, start, count, zero, part, sum_)
+                    else:
+                        _multiply16(block_words, start, count, part, sum_)
             else:
                 if bits == 4:
                     _unpack4(block_words, start, count, zero, scale, tile)
@@ -251,9 +258,11 @@ def _project(entry, matrix, words, scales, zeros, block, columns, x, tokens, til
                     _unpack16(block_words, start, count, tile)
                 for token in range(0, tokens, TILE):
                     _accumulate(tile, count, x[token * columns + start :], columns, totals[token * LANES :])
-        if tokens == 1:
-            for lane in range(LANES):
-                totals[lane] += sums[lane] * scale[lane]
+        if tokens <= SINGLE:
+            for token in range(tokens):
+                total, sum_ = totals[token * LANES : (token + 1) * LANES], sums[token * LANES :]
+                for lane in range(LANES):
+                    total[lane] += sum_[lane] * scale[lane]
 
 
 @njit(**_JIT)
@@ -295,7 +304,7 @@ def _experts(x, ids, weights, table, words, scales, zeros, intermediate, workers
     slots, tasks = 0, 0
     for expert in range(experts):
         starts[expert] = slots
-        if counts[expert] > 1:
+        if counts[expert] > SINGLE:
             counts[expert] = (counts[expert] + TILE - 1) // TILE * TILE
         slots += counts[expert]
         tasks += (counts[expert] + TOKENS - 1) // TOKENS
@@ -322,7 +331,7 @@ def _experts(x, ids, weights, table, words, scales, zeros, intermediate, workers
     middle = np.empty(slots * intermediate, np.float32)
     blocks = (intermediate + LANES - 1) // LANES
     for worker in prange(workers):
-        tile, grid = np.empty(CHUNK * LANES, np.float32), np.empty(2 * LANES, np.float32)
+        tile, grid = np.empty(CHUNK * LANES, np.float32), np.empty((1 + SINGLE) * LANES, np.float32)
         zero, both = np.empty(LANES, np.int32), np.empty(2 * TOKENS * LANES, np.float32)
         for index in range(np.int64(worker), tasks * blocks, workers):
             task, block = index // blocks, index % blocks
@@ -342,7 +351,7 @@ def _experts(x, ids, weights, table, words, scales, zeros, intermediate, workers
     # One worker owns a block of the output's columns, so that its sums run over the experts in a fixed order.
     blocks = (hidden + LANES - 1) // LANES
     for worker in prange(workers):
-        tile, grid = np.empty(CHUNK * LANES, np.float32), np.empty(2 * LANES, np.float32)
+        tile, grid = np.empty(CHUNK * LANES, np.float32), np.empty((1 + SINGLE) * LANES, np.float32)
         zero, down = np.empty(LANES, np.int32), np.empty(TOKENS * LANES, np.float32)
         for block in range(np.int64(worker), blocks, workers):
             rows = min(LANES, hidden - block * LANES)

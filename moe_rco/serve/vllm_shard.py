@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moe_rco.errors import ModelError
-from moe_rco.quant.packing import PACKED, SCALE, WEIGHT, ZERO_POINT
+from moe_rco.quant.packing import PACKED, WEIGHT, ZERO_POINT
 from moe_rco.types import Option, Weight
 
 
@@ -38,7 +39,6 @@ def shard(
     """
     if parts == 1:
         return tensor
-    per_word = 32 // option.bits
     size = shape[1 if down else 0] // parts
     begin, end = rank * size, (rank + 1) * size
     if down:
@@ -50,7 +50,6 @@ def shard(
         return tensor if group is None else tensor[:, begin // group : end // group]
     if suffix == ZERO_POINT:
         return slice_packed(tensor.T, option.bits, begin, end).T
-    assert suffix in (WEIGHT, PACKED, SCALE), per_word
     return tensor[begin:end]
 
 
@@ -61,8 +60,12 @@ def slice_packed(packed: Tensor, bits: int, begin: int, end: int) -> Tensor:
     words = packed[:, first : -(-end // per_word)]
     if begin % per_word == 0 and (end % per_word == 0 or end >= packed.shape[1] * per_word):
         return words
-    shifts = torch.arange(per_word, device=packed.device) * bits
-    codes = (words.to(torch.int64).unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
-    codes = codes.flatten(1)[:, begin - first * per_word : end - first * per_word]
-    codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % per_word)).unflatten(1, (-1, per_word))
-    return (codes << shifts).sum(-1).to(torch.int32)
+    codes = unpack_words(words, bits)[:, begin - first * per_word : end - first * per_word]
+    codes = F.pad(codes, (0, -codes.shape[1] % per_word)).unflatten(1, (-1, per_word))
+    return (codes << torch.arange(per_word, device=packed.device) * bits).sum(-1).to(torch.int32)
+
+
+def unpack_words(packed: Tensor, bits: int) -> Tensor:
+    """Every code in int32 [n, W] as it is stored, without a sign: int64 [n, W * (32 // bits)]."""
+    shifts = torch.arange(32 // bits, device=packed.device) * bits
+    return ((packed.to(torch.int64).unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).flatten(1)

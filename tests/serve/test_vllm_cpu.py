@@ -141,8 +141,9 @@ def test_threads_change_nothing() -> None:
 def test_bytes_held_are_the_bytes_on_disk() -> None:
     experts, weights, on_disk = build(MIXED)
     shapes = sum(16 * 3 for expert in weights if experts.options[expert].is_quantized)
-    # Every row count is a multiple of 32, so nothing is padded; `weight_shape` is not needed.
-    assert experts.nbytes == on_disk - shapes
+    # Row counts are multiples of 32, so nothing is padded; `weight_shape` is not needed, and the zero points of
+    # 3 bits take 3 bits instead of 3.2.
+    assert 0.99 * (on_disk - shapes) < experts.nbytes <= on_disk - shapes
 
 
 def test_the_operator_is_sound() -> None:

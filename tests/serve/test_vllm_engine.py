@@ -119,7 +119,8 @@ def test_memory_is_that_of_the_plan(
             if option.is_quantized
         )
         assert int(on_disk) == job.assignment.cost
-        assert int(held) == job.assignment.cost - shapes  # everything but the tensors `weight_shape`
+        # Without the tensors `weight_shape`, and with zero points of 3 bits in 3 bits instead of 3.2.
+        assert 0.99 * (job.assignment.cost - shapes) < int(held) <= job.assignment.cost - shapes
 
 
 @pytest.mark.parametrize("by", ["header", "loader"])
