@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,15 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Run by continuous integration itself: the first installs, the second is what runs this test.
 RUN_BY_CI = ("make demo", "make test", "pip install -c constraints.txt -e .")
+# The same for a GPU: what it names is tested, and vLLM's CPU build stands in for vLLM.
+FOR_A_GPU = "pip install -c constraints.txt -e '.[serve,eval]'"
+
+STAND_INS = {
+    "/models/Qwen3-30B-A3B": str(DEMO_MODEL),
+    "out/qwen3-30b-a3b-35": "out/mine",
+    "arc_easy,hellaswag": "demo_choice_code,demo_arithmetic",
+    "--max-model-len 8192": "--max-model-len 512",
+}
 
 
 def blocks(language: str) -> list[str]:
@@ -39,6 +49,12 @@ def test_make_commands_exist() -> None:
     assert set(named) <= set(targets)
 
 
+def test_the_gpu_s_install_names_extras_that_exist() -> None:
+    assert FOR_A_GPU in set(commands())
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {"serve", "eval"} <= set(extras)
+
+
 def test_links_lead_somewhere() -> None:
     for link in re.findall(r"\]\(([^)#]+)\)", README):
         if not link.startswith("http"):
@@ -52,6 +68,7 @@ def test_recipes_are_valid(block: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_commands_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the demo model in the place of the large one, and little text."""
     monkeypatch.chdir(tmp_path)
@@ -67,13 +84,20 @@ def test_commands_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyP
     # What `moe-rco inspect out/demo` looks at is what `make demo` left.
     first = CliRunner().invoke(cli.app, ["prune", "--recipe", "demo", *little])
     assert first.exit_code == 0, first.output
+    monkeypatch.setenv("MOE_RCO_CACHE", str(tmp_path / "cache"))
     for command in commands():
-        if command in RUN_BY_CI or command.startswith(("make ", "python -m eval.")):
+        if command in (*RUN_BY_CI, FOR_A_GPU) or command.startswith(("make ", "python -m eval.")):
             continue
-        words = shlex.split(command.replace("/models/Qwen3-30B-A3B", str(DEMO_MODEL)))
+        for theirs, ours in STAND_INS.items():
+            command = command.replace(theirs, ours)
+        words = shlex.split(command)
         assert words.pop(0) == "moe-rco"
         if words[0] == "prune":
             words = [*words, *demo, *little, "--set", "output=out/mine", "--set", "budget.bytes=4MiB"]
+        if words[0] == "serve":
+            words.append("--dry-run")
+        if words[0] == "eval":
+            words += ["--limit", "2", "--no-baseline"]
         result = CliRunner().invoke(cli.app, words)
         assert result.exit_code == 0, (command, result.output, result.exception)
     assert (tmp_path / "out" / "mine" / "report.json").is_file()

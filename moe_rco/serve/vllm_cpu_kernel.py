@@ -44,6 +44,7 @@ _JIT: dict[str, Any] = {
 
 _F = np.float32
 _LOG2_E, _LN2_HIGH, _LN2_LOW, _ROUND = _F(1.44269504), _F(0.693359375), _F(-2.12194440e-4), _F(12582912)
+_LANE_BITS = np.array([1 << lane for lane in range(LANES)], np.uint32).view(np.int32)
 _C2, _C3, _C4, _C5, _C6, _C7 = _F(1 / 2), _F(1 / 6), _F(1 / 24), _F(1 / 120), _F(1 / 720), _F(1 / 5040)
 
 
@@ -53,12 +54,12 @@ def _unpacker(bits: int) -> tuple[Any, Any]:
     step = max(1, 16 // per_word)  # words at once: enough columns to hide the sums' latency
 
     @njit(**_JIT)
-    def unpack(words, start, count, zero, scale, tile):
+    def unpack(words, begin, start, count, zero, scale, tile):
         word = start // per_word
         first = start - word * per_word
         done = 0
         while done < count:
-            row = words[word * LANES : (word + 1) * LANES]
+            row = words[begin + word * LANES : begin + (word + 1) * LANES]
             if first == 0 and count - done >= per_word:
                 columns = tile[done * LANES : (done + per_word) * LANES]
                 for lane in range(LANES):
@@ -80,16 +81,17 @@ def _unpacker(bits: int) -> tuple[Any, Any]:
                     word += 1
 
     @njit(**_JIT)
-    def multiply(words, start, count, zero, x, total):
+    def multiply(words, begin, start, count, zero, scale, x, x_at, totals, at):
         word = start // per_word
         first = start - word * per_word
         done = 0
         while done < count:
             if first == 0 and count - done >= step * per_word:
-                rows = words[word * LANES : (word + step) * LANES]
-                values = x[done : done + step * per_word]
+                rows = words[begin + word * LANES : begin + (word + step) * LANES]
+                values = x[x_at + done : x_at + done + step * per_word]
+                total = totals[at : at + LANES]
                 for lane in range(LANES):
-                    offset, even, odd = zero[lane], total[lane], np.float32(0)
+                    offset, even, odd = zero[lane], np.float32(0), np.float32(0)
                     for k in range(step):
                         value = rows[k * LANES + lane]
                         for j in range(0, per_word, 2):
@@ -97,14 +99,15 @@ def _unpacker(bits: int) -> tuple[Any, Any]:
                             even += np.float32(code) * values[k * per_word + j]
                             code = np.int32(((value >> (bits * (j + 1))) & mask) - offset)
                             odd += np.float32(code) * values[k * per_word + j + 1]
-                    total[lane] = even + odd
+                    total[lane] += (even + odd) * scale[lane]
                 done += step * per_word
                 word += step
             else:
-                row, factor = words[word * LANES : (word + 1) * LANES], x[done]
+                row, factor = words[begin + word * LANES : begin + (word + 1) * LANES], x[x_at + done]
+                total = totals[at : at + LANES]
                 for lane in range(LANES):
                     code = np.int32(((row[lane] >> (bits * first)) & mask) - zero[lane])
-                    total[lane] += np.float32(code) * factor
+                    total[lane] += np.float32(code) * factor * scale[lane]
                 done += 1
                 first += 1
                 if first == per_word:
@@ -126,21 +129,23 @@ def _bfloat16(bits):
 
 
 @njit(**_JIT)
-def _unpack16(words, start, count, tile):
+def _unpack16(words, begin, start, count, tile):
     for done in range(0, count, 2):  # start is a multiple of CHUNK, the last word of an odd row is padded
-        row = words[(start + done) // 2 * LANES : ((start + done) // 2 + 1) * LANES]
-        columns = tile[done * LANES : (done + 2) * LANES]
+        at = begin + (start + done) // 2 * LANES
+        row, columns = words[at : at + LANES], tile[done * LANES : (done + 2) * LANES]
         for lane in range(LANES):
             columns[lane] = _bfloat16(row[lane])
             columns[LANES + lane] = np.int32(row[lane] & -65536).view(np.float32)
 
 
 @njit(**_JIT)
-def _multiply16(words, start, count, x, total):
+def _multiply16(words, begin, start, count, x, x_at, totals, at):
     done = 0
+    total = totals[at : at + LANES]
     while done + 16 <= count:
-        rows = words[(start + done) // 2 * LANES : ((start + done) // 2 + 8) * LANES]
-        values = x[done : done + 16]
+        first = begin + (start + done) // 2 * LANES
+        rows = words[first : first + 8 * LANES]
+        values = x[x_at + done : x_at + done + 16]
         for lane in range(LANES):
             even, odd = total[lane], np.float32(0)
             for j in range(8):
@@ -150,67 +155,68 @@ def _multiply16(words, start, count, x, total):
             total[lane] = even + odd
         done += 16
     while done < count:
-        row = words[(start + done) // 2 * LANES : ((start + done) // 2 + 1) * LANES]
+        first = begin + (start + done) // 2 * LANES
+        row = words[first : first + LANES]
         shift = 16 if (start + done) % 2 == 0 else 0
         for lane in range(LANES):
-            total[lane] += np.int32((row[lane] << shift) & -65536).view(np.float32) * x[done]
+            total[lane] += np.int32((row[lane] << shift) & -65536).view(np.float32) * x[x_at + done]
         done += 1
 
 
 @njit(**_JIT)
-def _accumulate(tile, count, x, stride, totals):
-    """totals [TILE, LANES] += x [TILE, count] (rows `stride` apart) @ tile [count, LANES]"""
+def _accumulate(tile, count, x, x_at, stride, totals, at):
+    """totals[at:] [TILE, LANES] += x[x_at:] [TILE, count] (rows `stride` apart) @ tile [count, LANES]"""
+    sums = totals[at : at + TILE * LANES]
+    at0, at1, at2, at3 = x_at, x_at + stride, x_at + 2 * stride, x_at + 3 * stride
     column = 0
     while column + 8 <= count:
         weights = tile[column * LANES : (column + 8) * LANES]
-        x0, x1 = x[column : column + 8], x[stride + column : stride + column + 8]
-        x2, x3 = (
-            x[2 * stride + column : 2 * stride + column + 8],
-            x[3 * stride + column : 3 * stride + column + 8],
-        )
+        x0, x1, x2, x3 = x[at0 : at0 + 8], x[at1 : at1 + 8], x[at2 : at2 + 8], x[at3 : at3 + 8]
         for lane in range(LANES):
-            sum0, sum1 = totals[lane], totals[LANES + lane]
-            sum2, sum3 = totals[2 * LANES + lane], totals[3 * LANES + lane]
+            sum0, sum1 = sums[lane], sums[LANES + lane]
+            sum2, sum3 = sums[2 * LANES + lane], sums[3 * LANES + lane]
             for j in range(8):
                 weight = weights[j * LANES + lane]
                 sum0 += weight * x0[j]
                 sum1 += weight * x1[j]
                 sum2 += weight * x2[j]
                 sum3 += weight * x3[j]
-            totals[lane], totals[LANES + lane] = sum0, sum1
-            totals[2 * LANES + lane], totals[3 * LANES + lane] = sum2, sum3
+            sums[lane], sums[LANES + lane] = sum0, sum1
+            sums[2 * LANES + lane], sums[3 * LANES + lane] = sum2, sum3
         column += 8
+        at0, at1, at2, at3 = at0 + 8, at1 + 8, at2 + 8, at3 + 8
     while column < count:
-        weights = tile[column * LANES : (column + 1) * LANES]
         for token in range(TILE):
-            factor = x[token * stride + column]
+            factor = x[x_at + token * stride + column]
             for lane in range(LANES):
-                totals[token * LANES + lane] += weights[lane] * factor
+                sums[token * LANES + lane] += tile[column * LANES + lane] * factor
         column += 1
 
 
 @njit(**_JIT)
 def _group_grid(entry, matrix, scales, zeros, groups, group, block, scale, zero):
     """Scales and zero points of a block's rows in one group of columns."""
-    bits = entry[BITS]
     at = entry[SCALES + matrix] + (block * groups + group) * LANES
-    stored = scales[at : at + LANES]
     for lane in range(LANES):
-        scale[lane] = _bfloat16(np.int32(stored[lane]))
+        scale[lane] = _bfloat16(np.int32(scales[at + lane]))
     if entry[ASYMMETRIC]:
+        bits = entry[BITS]
         at = entry[ZEROS + matrix] + (block * groups + group) * bits
-        zero[:] = 0
         for k in range(bits):
-            plane = zeros[at + k]
+            plane, value = zeros[at + k], np.int32(1 << k)
             for lane in range(LANES):
-                zero[lane] |= np.int32(((plane >> lane) & 1) << k)
+                before = zero[lane] if k else np.int32(0)
+                zero[lane] = before + (value if plane & _LANE_BITS[lane] else np.int32(0))
 
 
 @njit(**_JIT)
-def _project(entry, matrix, words, scales, zeros, block, columns, x, tokens, tile, grid, zero, totals):
-    """totals [tokens, LANES] = x [tokens, columns] @ the transposed rows of one block.
+def _project(
+    entry, matrix, words, scales, zeros, block, columns, x, x_at, tokens, tile, scale, zero, totals, at
+):
+    """totals[at:] [tokens, LANES] = x[x_at:] [tokens, columns] @ the transposed rows of one block.
 
-    `tokens` is at most SINGLE or a multiple of TILE; `tile`, `grid` and `zero` are scratch.
+    `tokens` is at most SINGLE or a multiple of TILE; `tile`, `scale` and `zero` are scratch. Parts of arrays
+    are passed as positions: a slice costs as much as a group of columns.
     """
     bits, group = entry[BITS], entry[GROUP]
     if group == 0:
@@ -218,59 +224,52 @@ def _project(entry, matrix, words, scales, zeros, block, columns, x, tokens, til
     per_word = 32 // bits
     width, groups = (columns + per_word - 1) // per_word, columns // group
     begin = entry[WORDS + matrix] + block * width * LANES
-    block_words = words[begin : begin + width * LANES]
-    scale, sums = grid[:LANES], grid[LANES:]
-    totals[: tokens * LANES] = 0
-    scale[:] = 1
-    zero[:] = 1 << (bits - 1) if bits < 16 else 0
+    for i in range(at, at + tokens * LANES):
+        totals[i] = 0
+    for lane in range(LANES):
+        zero[lane] = 1 << (bits - 1) if bits < 16 else 0
     for g in range(groups):
         if bits < 16:
             _group_grid(entry, matrix, scales, zeros, groups, g, block, scale, zero)
         end = (g + 1) * group
-        if tokens <= SINGLE:
-            sums[: tokens * LANES] = 0
         for start in range(g * group, end, CHUNK):
             count = min(CHUNK, end - start)
             if tokens <= SINGLE:
                 for token in range(tokens):
-                    part = x[token * columns + start : token * columns + start + count]
-                    sum_ = sums[token * LANES : (token + 1) * LANES]
+                    row, to = x_at + token * columns + start, at + token * LANES
                     if bits == 4:
-                        _multiply4(block_words, start, count, zero, part, sum_)
+                        _multiply4(words, begin, start, count, zero, scale, x, row, totals, to)
                     elif bits == 8:
-                        _multiply8(block_words, start, count, zero, part, sum_)
+                        _multiply8(words, begin, start, count, zero, scale, x, row, totals, to)
                     elif bits == 3:
-                        _multiply3(block_words, start, count, zero, part, sum_)
+                        _multiply3(words, begin, start, count, zero, scale, x, row, totals, to)
                     elif bits == 2:
-                        _multiply2(block_words, start, count, zero, part, sum_)
+                        _multiply2(words, begin, start, count, zero, scale, x, row, totals, to)
                     else:
-                        _multiply16(block_words, start, count, part, sum_)
+                        _multiply16(words, begin, start, count, x, row, totals, to)
             else:
                 if bits == 4:
-                    _unpack4(block_words, start, count, zero, scale, tile)
+                    _unpack4(words, begin, start, count, zero, scale, tile)
                 elif bits == 8:
-                    _unpack8(block_words, start, count, zero, scale, tile)
+                    _unpack8(words, begin, start, count, zero, scale, tile)
                 elif bits == 3:
-                    _unpack3(block_words, start, count, zero, scale, tile)
+                    _unpack3(words, begin, start, count, zero, scale, tile)
                 elif bits == 2:
-                    _unpack2(block_words, start, count, zero, scale, tile)
+                    _unpack2(words, begin, start, count, zero, scale, tile)
                 else:
-                    _unpack16(block_words, start, count, tile)
+                    _unpack16(words, begin, start, count, tile)
                 for token in range(0, tokens, TILE):
-                    _accumulate(tile, count, x[token * columns + start :], columns, totals[token * LANES :])
-        if tokens <= SINGLE:
-            for token in range(tokens):
-                total, sum_ = totals[token * LANES : (token + 1) * LANES], sums[token * LANES :]
-                for lane in range(LANES):
-                    total[lane] += sum_[lane] * scale[lane]
+                    row = x_at + token * columns + start
+                    _accumulate(tile, count, x, row, columns, totals, at + token * LANES)
 
 
 @njit(**_JIT)
-def _activate(gate, up, weight, result):
-    """result = silu(gate) * up * weight, to float32's precision, in operations that vectorise (the library's
-    exp does not).
+def _activate(values, gate_at, up_at, weight, result, at, count):
+    """result[at:] = silu(values[gate_at:]) * values[up_at:] * weight, to float32's precision, in operations that
+    vectorise (the library's exp does not).
     """
-    for i in range(len(result)):
+    gate, up, part = values[gate_at : gate_at + count], values[up_at : up_at + count], result[at : at + count]
+    for i in range(count):
         y = -gate[i] if -gate[i] < _F(88) else _F(88)
         y = y if y > _F(-87) else _F(-87)
         # exp(y) = 2^n exp(r) with |r| <= ln(2) / 2; adding and subtracting 1.5 * 2^23 rounds to an integer.
@@ -279,7 +278,7 @@ def _activate(gate, up, weight, result):
         exp = ((((_C7 * r + _C6) * r + _C5) * r + _C4) * r + _C3) * r + _C2
         exp = (exp * r + _F(1)) * r + _F(1)
         power = np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
-        result[i] = gate[i] / (_F(1) + exp * power) * up[i] * weight
+        part[i] = gate[i] / (_F(1) + exp * power) * up[i] * weight
 
 
 def _experts(x, ids, weights, table, words, scales, zeros, intermediate, workers, out):
@@ -331,41 +330,66 @@ def _experts(x, ids, weights, table, words, scales, zeros, intermediate, workers
     middle = np.empty(slots * intermediate, np.float32)
     blocks = (intermediate + LANES - 1) // LANES
     for worker in prange(workers):
-        tile, grid = np.empty(CHUNK * LANES, np.float32), np.empty((1 + SINGLE) * LANES, np.float32)
+        tile, scale = np.empty(CHUNK * LANES, np.float32), np.empty(LANES, np.float32)
         zero, both = np.empty(LANES, np.int32), np.empty(2 * TOKENS * LANES, np.float32)
         for index in range(np.int64(worker), tasks * blocks, workers):
             task, block = index // blocks, index % blocks
             entry, begin, n = table[task_expert[task]], task_start[task], task_slots[task]
-            part = inputs[begin * hidden : (begin + n) * hidden]
             for matrix in range(2):
-                totals = both[matrix * n * LANES : (matrix + 1) * n * LANES]
                 _project(
-                    entry, matrix, words, scales, zeros, block, hidden, part, n, tile, grid, zero, totals
+                    entry,
+                    matrix,
+                    words,
+                    scales,
+                    zeros,
+                    block,
+                    hidden,
+                    inputs,
+                    begin * hidden,
+                    n,
+                    tile,
+                    scale,
+                    zero,
+                    both,
+                    matrix * n * LANES,
                 )
             rows = min(LANES, intermediate - block * LANES)
             for slot in range(n):
                 at = (begin + slot) * intermediate + block * LANES
-                gate = both[slot * LANES : slot * LANES + rows]
-                up = both[(n + slot) * LANES : (n + slot) * LANES + rows]
-                _activate(gate, up, slot_weight[begin + slot], middle[at : at + rows])
+                weight = slot_weight[begin + slot]
+                _activate(both, slot * LANES, (n + slot) * LANES, weight, middle, at, rows)
     # One worker owns a block of the output's columns, so that its sums run over the experts in a fixed order.
     blocks = (hidden + LANES - 1) // LANES
     for worker in prange(workers):
-        tile, grid = np.empty(CHUNK * LANES, np.float32), np.empty((1 + SINGLE) * LANES, np.float32)
+        tile, scale = np.empty(CHUNK * LANES, np.float32), np.empty(LANES, np.float32)
         zero, down = np.empty(LANES, np.int32), np.empty(TOKENS * LANES, np.float32)
         for block in range(np.int64(worker), blocks, workers):
             rows = min(LANES, hidden - block * LANES)
             for task in range(tasks):
                 entry, begin, n = table[task_expert[task]], task_start[task], task_slots[task]
-                part = middle[begin * intermediate : (begin + n) * intermediate]
-                _project(entry, 2, words, scales, zeros, block, intermediate, part, n, tile, grid, zero, down)
+                _project(
+                    entry,
+                    2,
+                    words,
+                    scales,
+                    zeros,
+                    block,
+                    intermediate,
+                    middle,
+                    begin * intermediate,
+                    n,
+                    tile,
+                    scale,
+                    zero,
+                    down,
+                    0,
+                )
                 for slot in range(n):
                     token = slot_token[begin + slot]
                     if token >= 0:
                         at = token * hidden + block * LANES
-                        row, total = flat[at : at + rows], down[slot * LANES : slot * LANES + rows]
                         for lane in range(rows):
-                            row[lane] += total[lane]
+                            flat[at + lane] += down[slot * LANES + lane]
 
 
 run_experts: Any = njit(**_JIT)(_experts)
