@@ -160,7 +160,7 @@ def _preflight(sized: Sized, ready: Ready | None) -> Preflight:
             "layers of different widths are read by vLLM, but not by transformers (up to 5.19): for both, list "
             "options of one width, as in [prune, int4-g64] or [prune, bf16]",
         )
-    if sequences < recipe.calibration.sequences:
+    if sequences < 0.9 * recipe.calibration.sequences:
         warnings += (
             f"the calibration text gives {sequences} sequences, fewer than the {recipe.calibration.sequences} asked for",
         )

@@ -247,3 +247,12 @@ def test_interrupt() -> None:
     result = run_fault("KeyboardInterrupt", "validate", "x")
     assert result.returncode == 130
     assert result.stderr.startswith("interrupted")
+
+
+def test_a_dry_run_counts_the_text_that_is_there(tmp_path: Path) -> None:
+    settings = ("--output", tmp_path / "out", "--set", "calibration.sequences=100000000")
+    result = run("prune", "--recipe", "demo", "--dry-run", *settings)
+    assert result.exit_code == 0
+    assert "fewer than the 100000000 asked for" in result.output
+    memory = next(line for line in result.output.splitlines() if line.startswith("memory"))
+    assert "GiB" in memory

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
 
 import numba
 import torch
@@ -166,26 +165,25 @@ def _run(
     intermediate: int,
     threads: int,
 ) -> Tensor:
-    out = torch.empty(x.shape, dtype=torch.float32)
+    x, weights, ids = x.contiguous(), weights.contiguous(), ids.contiguous()
+    if ids.dtype != torch.int32 or weights.dtype != torch.float32:
+        ids, weights = ids.to(torch.int32), weights.float()
+    inputs = x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
+    out = torch.empty_like(inputs)
     (kernel.run_experts_parallel if threads > 1 else kernel.run_experts)(
-        _array(x, torch.float32),
-        _array(ids, torch.int32),
-        _array(weights, torch.float32),
-        table.numpy(),
-        words.numpy(),
-        scales.numpy(),
-        zeros.numpy(),
-        intermediate,
+        inputs.data_ptr(),
+        inputs.itemsize * 8,
+        ids.data_ptr(),
+        weights.data_ptr(),
+        table.data_ptr(),
+        words.data_ptr(),
+        scales.data_ptr(),
+        zeros.data_ptr(),
+        (*ids.shape, len(table), x.shape[1], intermediate, len(words), len(scales), len(zeros)),
         threads,
-        out.numpy(),
+        out.data_ptr(),
     )
-    return out if x.dtype == torch.float32 else out.to(x.dtype)
-
-
-def _array(tensor: Tensor, dtype: torch.dtype) -> Any:
-    if tensor.dtype != dtype:
-        tensor = tensor.to(dtype)
-    return (tensor if tensor.is_contiguous() else tensor.contiguous()).numpy()
+    return out if inputs is x else out.to(x.dtype)
 
 
 @cache

@@ -14,7 +14,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from numba import carray, njit, prange, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 LANES = 32
 """Rows in a block."""
@@ -392,7 +394,63 @@ def _experts(x, ids, weights, table, words, scales, zeros, intermediate, workers
                             flat[at + lane] += down[slot * LANES + lane]
 
 
-run_experts: Any = njit(**_JIT)(_experts)
+@intrinsic
+def _pointer(typing_context: Any, address: Any) -> Any:
+    """An address as a pointer."""
+    del typing_context
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        del context, signature
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(address), generate
+
+
+def _entry(experts: Any) -> Any:
+    """`experts` on memory named by addresses: an array object for each tensor costs a microsecond, every layer."""
+
+    @njit(**_JIT)
+    def run(x, x_bits, ids, weights, table, words, scales, zeros, sizes, workers, out):
+        """sizes: tokens, k, E, H, I and the elements of words, scales and zeros. x and out are float32, or bfloat16
+        where `x_bits` is 16.
+        """
+        tokens, top_k, num_experts, hidden, intermediate, n_words, n_scales, n_zeros = sizes
+        if x_bits == 16:
+            inputs = np.empty((tokens, hidden), np.float32)
+            outputs = np.empty((tokens, hidden), np.float32)
+            half = carray(_pointer(x), (tokens * hidden,), np.int16)
+            flat = inputs.reshape(-1)
+            for i in range(len(flat)):
+                flat[i] = _bfloat16(np.int32(half[i]))
+        else:
+            inputs = carray(_pointer(x), (tokens, hidden), np.float32)
+            outputs = carray(_pointer(out), (tokens, hidden), np.float32)
+        experts(
+            inputs,
+            carray(_pointer(ids), (tokens, top_k), np.int32),
+            carray(_pointer(weights), (tokens, top_k), np.float32),
+            carray(_pointer(table), (num_experts, TABLE_COLUMNS), np.int64),
+            carray(_pointer(words), (n_words,), np.int32),
+            carray(_pointer(scales), (n_scales,), np.int16),
+            carray(_pointer(zeros), (n_zeros,), np.int32),
+            intermediate,
+            workers,
+            outputs,
+        )
+        if x_bits == 16:
+            half = carray(_pointer(out), (tokens * hidden,), np.int16)
+            bits = outputs.reshape(-1).view(np.int32)
+            for i in range(len(bits)):
+                rounded = np.int32(
+                    (bits[i] + 0x7FFF + ((bits[i] >> 16) & 1)) >> 16
+                )  # to nearest, ties to even
+                nan = np.int32(bits[i] & 0x7FFFFFFF) > np.int32(0x7F800000)
+                half[i] = np.int16(0x7FC0) if nan else np.int16(rounded)
+
+    return run
+
+
+run_experts = _entry(njit(**_JIT)(_experts))
 """`_experts` on the calling thread: for the little work of a small model's decoding."""
-run_experts_parallel: Any = njit(**_JIT, parallel=True)(_experts)
+run_experts_parallel = _entry(njit(**_JIT, parallel=True)(_experts))
 """`_experts` on the threads of numba's OpenMP layer, which are torch's own."""

@@ -19,8 +19,7 @@ from tests.vllm_engine import ROOT
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from moe_rco.serve import vllm_cpu_kernel as kernel
-from moe_rco.serve.vllm_cpu import CpuExperts
+from moe_rco.serve.vllm_cpu import CpuExperts, _run
 
 pytestmark = pytest.mark.slow  # compiles the kernels where no earlier run has left them
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 64, 96, 9, 3
@@ -106,6 +105,7 @@ def test_large_and_undefined_activations_come_out_as_they_should() -> None:
     found = experts(x, factors, ids)
     assert found[1].isnan().all()
     assert found[[0, 2]].isfinite().all()
+    assert experts(x.bfloat16(), factors, ids)[1].isnan().all()
 
 
 def test_each_token_is_its_own() -> None:
@@ -121,6 +121,8 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
     experts, weights, _ = build(MIXED)
     x, factors, ids = routing(6)
     found = experts(x.to(dtype), factors, ids.long())
+    exact = experts(x.to(dtype).float(), factors, ids)
+    assert torch.equal(found, exact.to(dtype))
     assert found.dtype == dtype
     expected = reference(weights, x.to(dtype), factors, ids)
     step = torch.finfo(dtype).eps
@@ -129,13 +131,11 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
 
 def test_threads_change_nothing() -> None:
     experts, _, _ = build(MIXED)
-    x, factors, ids = routing(40)
-    arrays = [t.detach().numpy() for t in (experts.words, experts.scales, experts.zeros)]
-    out = torch.empty_like(x)
-    kernel.run_experts_parallel(
-        x.numpy(), ids.numpy(), factors.numpy(), experts.table.numpy(), *arrays, INTERMEDIATE, 3, out.numpy()
-    )
-    assert torch.equal(out, experts(x, factors, ids))
+    for dtype in (torch.float32, torch.bfloat16):
+        x, factors, ids = routing(40)
+        x = x.to(dtype)
+        buffers = (experts.words, experts.scales, experts.zeros, experts.table)
+        assert torch.equal(_run(x, factors, ids, *buffers, INTERMEDIATE, 3), experts(x, factors, ids))
 
 
 def test_bytes_held_are_the_bytes_on_disk() -> None:
