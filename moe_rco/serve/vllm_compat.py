@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from importlib.metadata import version
 from typing import Any
@@ -41,14 +42,14 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.platforms import current_platform  # noqa: E402
 from vllm.utils.torch_utils import direct_register_custom_op  # noqa: E402
 
-try:
-    from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter as _CPURouter  # noqa: F401
-
-    _cpu_select_experts = None
-except ImportError:  # before 0.32 the routers do not run on a CPU; its kernels route for themselves
-    from vllm.model_executor.layers.fused_moe.cpu_fused_moe import (  # pyright: ignore[reportMissingImports]
-        select_experts as _cpu_select_experts,
-    )
+_LAYERS = "vllm.model_executor.layers.fused_moe"
+_cpu_select_experts: Any = None
+if importlib.util.find_spec(f"{_LAYERS}.router.cpu_router") is None:
+    # Before 0.30 the routers do not run on a CPU, and its kernels route for themselves: 0.26 and 0.27 with the
+    # first of these, 0.28 and 0.29 with the second.
+    _first = importlib.util.find_spec(f"{_LAYERS}.cpu_fused_moe") is not None
+    _module = importlib.import_module(f"{_LAYERS}.{'cpu_fused_moe' if _first else 'experts.cpu_moe'}")
+    _cpu_select_experts = _module.select_experts
 
 
 def select_experts(

@@ -179,9 +179,15 @@ def _run(
         words.data_ptr(),
         scales.data_ptr(),
         zeros.data_ptr(),
-        (*ids.shape, len(table), x.shape[1], intermediate, len(words), len(scales), len(zeros)),
-        threads,
         out.data_ptr(),
+        *ids.shape,
+        len(table),
+        x.shape[1],
+        intermediate,
+        words.numel(),
+        scales.numel(),
+        zeros.numel(),
+        threads,
     )
     return out if inputs is x else out.to(x.dtype)
 

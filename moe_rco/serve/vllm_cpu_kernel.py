@@ -410,11 +410,29 @@ def _entry(experts: Any) -> Any:
     """`experts` on memory named by addresses: an array object for each tensor costs a microsecond, every layer."""
 
     @njit(**_JIT)
-    def run(x, x_bits, ids, weights, table, words, scales, zeros, sizes, workers, out):
-        """sizes: tokens, k, E, H, I and the elements of words, scales and zeros. x and out are float32, or bfloat16
-        where `x_bits` is 16.
+    def run(
+        x,
+        x_bits,
+        ids,
+        weights,
+        table,
+        words,
+        scales,
+        zeros,
+        out,
+        tokens,
+        top_k,
+        num_experts,
+        hidden,
+        intermediate,
+        n_words,
+        n_scales,
+        n_zeros,
+        workers,
+    ):
+        """Addresses, then sizes: of the tensors, and of the last three buffers in elements. x and out are float32,
+        or bfloat16 where `x_bits` is 16.
         """
-        tokens, top_k, num_experts, hidden, intermediate, n_words, n_scales, n_zeros = sizes
         if x_bits == 16:
             inputs = np.empty((tokens, hidden), np.float32)
             outputs = np.empty((tokens, hidden), np.float32)
