@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 
 from eval.prepared import Lines, Subject
-from moe_rco.baselines import OutputErrors, Scale, output_errors, proxy, prune_lowest, uniform
+from moe_rco.baselines import SCALES, OutputErrors, output_errors, proxy, prune_lowest, uniform
 from moe_rco.calib.search import knapsack
 from moe_rco.pipeline import choose
 from moe_rco.recipe import Recipe
@@ -18,7 +18,6 @@ from moe_rco.types import Assignment, Budget, Option
 
 Variants = Mapping[str, Assignment]
 
-SCALES: tuple[Scale, ...] = ("absolute", "block", "stream")
 UNIFORM = "uniform"
 PROXY = "proxy + knapsack"
 FISHER = "Fisher seed"

@@ -22,7 +22,7 @@ import torch
 
 from eval.plain_pass import Pass, our_runner, our_runner_frozen, transformers_model
 from eval.prepared import MODELS, Subject, recipe_of, subject
-from moe_rco.calib.search import SampledLoss, knapsack, seed_logits
+from moe_rco.calib.search import SampledLoss, knapsack, start_logits
 from moe_rco.optim import StepRecord, minimize
 from moe_rco.recipe import Recipe
 
@@ -85,7 +85,7 @@ def time_steps(prepared: Subject, recipe: Recipe, repeats: int) -> Stopwatch:
         samples=search.samples,
         lr=search.learning_rate,
         tau=(search.tau_start, search.tau_end),
-        init_logits=seed_logits(effects, knapsack(effects, model.table, budget)),
+        init_logits=start_logits(effects, knapsack(effects, model.table, budget)),
         floor=model.table.floor,
         layer=model.table.layer,
         evaluate=lambda choice: 0.0,

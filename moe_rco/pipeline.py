@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from moe_rco import preflight as checks
 from moe_rco.adapters import get_adapter
-from moe_rco.baselines import starting_points
+from moe_rco.baselines import OutputErrors, output_errors, starting_points
 from moe_rco.calib.bank import OptionBank
 from moe_rco.calib.calibrate import Calibrated, calibrate
 from moe_rco.calib.data import TokenPool, heldout_pool, load_tokenizer
@@ -47,6 +47,8 @@ from moe_rco.types import Assignment, Budget, Progress, Silent
 RELOAD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 """Largest difference of a logit between the written and the searched model; routing may differ by rounding in bfloat16."""
 RELOAD_SEQUENCES = 4
+PROXY_STRIDE = 4
+"""Output errors are sums of squares with no noise of draws in them: a part of the calibration text will do."""
 MEASURED_LOGITS = 1 << 23
 """Logits computed at once when measuring, of each of the two models."""
 
@@ -55,7 +57,8 @@ MEASURED_LOGITS = 1 << 23
 class Prepared:
     """A calibrated model with every option quantised: what a search for any budget starts from.
 
-    `effects` [N, K] is the Fisher estimate of what each option of each group adds to the KL.
+    `effects` [N, K] is the Fisher estimate of what each option of each group adds to the KL, `errors` what it does
+    to the output of its block.
     """
 
     checkpoint: Checkpoint
@@ -64,6 +67,7 @@ class Prepared:
     pools: tuple[TokenPool, TokenPool]
     calibrated: Calibrated
     effects: np.ndarray
+    errors: OutputErrors
 
 
 def preflight(recipe: Recipe, *, overwrite: bool = False) -> Preflight:
@@ -136,11 +140,16 @@ def prepare(ready: checks.Ready, work: Path, progress: Progress) -> Prepared:
         work / "effects.safetensors", f"{store.fingerprint} {costs_digest(sized.table)} {recipe.search.seed}"
     )
     state = saved.load()
-    effects = (
-        state["effects"].numpy() if state else fisher_effects(model, pools[0], recipe.search.seed, progress)
-    )
-    saved.save({"effects": torch.from_numpy(effects)})
-    return Prepared(checkpoint, model, store, pools, calibrated, effects)
+    if state is None:
+        effects = fisher_effects(model, pools[0], recipe.search.seed, progress)
+        errors = output_errors(model, pools[0].every(PROXY_STRIDE), progress)
+        state = {
+            name: torch.from_numpy(value) for name, value in {"effects": effects, **vars(errors)}.items()
+        }
+        saved.save(state)
+    measured = {name: value.numpy() for name, value in state.items()}
+    effects = measured.pop("effects")
+    return Prepared(checkpoint, model, store, pools, calibrated, effects, OutputErrors(**measured))
 
 
 def choose(
@@ -150,12 +159,12 @@ def choose(
 
     For layout stock what layout mixed would start its search from is judged too, for comparison.
     """
-    table, usage = prepared.model.table, prepared.calibrated.usage
-    candidates = starting_points(table, budget, usage)
+    table, measured = prepared.model.table, (prepared.calibrated.usage, prepared.errors)
+    candidates = starting_points(table, budget, *measured)
     mixed: dict[str, Assignment] = {}
     if table.layout == "stock":
         free = replace(table, layout="mixed")
-        mixed = {SEED: knapsack(prepared.effects, free, budget), **starting_points(free, budget, usage)}
+        mixed = {SEED: knapsack(prepared.effects, free, budget), **starting_points(free, budget, *measured)}
     references = (prepared.calibrated.train, prepared.calibrated.kept_out)
     return rco(
         prepared.model,

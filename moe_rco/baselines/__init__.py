@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from moe_rco.baselines.proxy import OutputErrors, Scale, output_errors, proxy
+from moe_rco.baselines.proxy import SCALES, OutputErrors, output_errors, proxy
 from moe_rco.baselines.saliency import prune_equally, prune_lowest
 from moe_rco.baselines.uniform import uniform
 from moe_rco.calib.calibrate import Usage
 from moe_rco.types import Assignment, Budget, CostTable
 
 __all__ = [
+    "SCALES",
     "OutputErrors",
-    "Scale",
     "output_errors",
     "proxy",
     "prune_equally",
@@ -20,7 +20,9 @@ __all__ = [
 ]
 
 
-def starting_points(table: CostTable, budget: Budget, usage: Usage) -> dict[str, Assignment]:
+def starting_points(
+    table: CostTable, budget: Budget, usage: Usage, errors: OutputErrors
+) -> dict[str, Assignment]:
     """Cheap assignments within budget and layout, by name, for a search to start from.
 
     What the options do not allow or what does not fit is left out, and so are options at which nothing has to
@@ -38,4 +40,6 @@ def starting_points(table: CostTable, budget: Budget, usage: Usage) -> dict[str,
             pruned = prune(table, budget, scores, option)
             if pruned is not None:
                 found[f"{name} + {option}"] = pruned
+    for scale in SCALES:
+        found[f"proxy ({scale})"] = proxy(table, budget, errors, scale)
     return found

@@ -25,6 +25,7 @@ from moe_rco.types import Assignment, Budget, CostTable, Progress
 
 BATCH = 8
 Scale = Literal["absolute", "block", "stream"]
+SCALES: tuple[Scale, ...] = ("absolute", "block", "stream")
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,10 @@ class TokenPool:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def every(self, step: int) -> TokenPool:
+        """Every `step`-th sequence."""
+        return TokenPool(self.ids[::step], self.domains[::step])
+
     def batches(self, size: int) -> Iterator[tuple[slice, torch.Tensor]]:
         for start in range(0, len(self), size):
             part = slice(start, start + size)

@@ -3,11 +3,12 @@
 For group e, option k and token t the effect is g_t . (y_t after the move - y_t), where y_t is the MoE block's output and g_t the
 gradient of the loss there. Summed over tokens it is the first-order change of the loss. Half its mean square, with g_t the
 gradient of -log p(y) for y drawn from the model's own distribution, is the move's own contribution to the KL in the
-Gauss-Newton approximation: the Fisher seed. A move that removes or returns an expert is routed again, exactly.
+Gauss-Newton approximation: the Fisher seed (`fisher.py`). A move that removes or returns an expert is routed again, exactly.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,16 +22,23 @@ if TYPE_CHECKING:
 
 @dataclass
 class EffectSums:
-    """Sums over tokens of the effects of one layer's moves, float64 [E, K] each; `tokens` were looked at."""
+    """Sums over tokens of the effects of one layer's moves, float64 [E, K] each; `tokens` were looked at.
+
+    Only moves to the options in `measured` are, to all where it is None.
+    """
 
     linear: torch.Tensor
     squared: torch.Tensor
+    measured: Collection[int] | None = None
     tokens: int = 0
 
     @classmethod
-    def zeros(cls, experts: int, options: int) -> EffectSums:
+    def zeros(cls, experts: int, options: int, measured: Collection[int] | None = None) -> EffectSums:
         shape = (experts, options)
-        return cls(torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64))
+        return cls(torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64), measured)
+
+    def measures(self, option: int | None) -> bool:
+        return option is not None and (self.measured is None or option in self.measured)
 
     def add(self, expert: int, option: int, effect: torch.Tensor) -> None:
         """Add the effects [n] of one move at the tokens it touches."""
@@ -86,10 +94,11 @@ def observe(state: LayerState, sums: EffectSums, tokens: Tokens) -> None:
     total, dot = mass.sum(-1), (mass * tokens.score).sum(-1)
     routing = _Routing(probabilities, mass, total, dot, dot / total if state.renormalise else dot)
     _requantise(state, sums, tokens, mass / total[:, None] if state.renormalise else mass)
-    if state.bank.prune_index is not None:
-        _remove(state, sums, tokens, routing, state.bank.prune_index)
-        if not bool(state.kept.all()):
-            _return(state, sums, tokens, masked, routing)
+    prune = state.bank.prune_index
+    if prune is not None and sums.measures(prune):
+        _remove(state, sums, tokens, routing, prune)
+    if not bool(state.kept.all()):
+        _return(state, sums, tokens, masked, routing)
 
 
 def _requantise(state: LayerState, sums: EffectSums, tokens: Tokens, weights: torch.Tensor) -> None:
@@ -98,7 +107,7 @@ def _requantise(state: LayerState, sums: EffectSums, tokens: Tokens, weights: to
             continue
         x, g = tokens.x[token], tokens.g[token]
         for option in state.bank.quantities:
-            if option != state.choice[expert]:
+            if option != state.choice[expert] and sums.measures(option):
                 moved = (g * state.expert(x, expert, option)).sum(-1)
                 sums.add(expert, option, weights[token, slot] * (moved - tokens.score[token, slot]))
 

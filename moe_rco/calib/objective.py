@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,7 +44,11 @@ class AssignedModel:
         return self.bank.original(layer) if self.store is None else self.bank.layer(layer, self.store)
 
     def states(
-        self, choice: np.ndarray | None, observe: bool = False, stride: int = 1
+        self,
+        choice: np.ndarray | None,
+        observe: bool = False,
+        stride: int = 1,
+        measured: Collection[int] | None = None,
     ) -> dict[int, LayerState]:
         """The MoE layers under `choice` [N], or with their original weights."""
         states = {}
@@ -53,7 +57,7 @@ class AssignedModel:
             options = (
                 [bank.original] * len(rows) if choice is None else [int(option) for option in choice[rows]]
             )
-            sums = EffectSums.zeros(len(rows), len(self.table.options)) if observe else None
+            sums = EffectSums.zeros(len(rows), len(self.table.options), measured) if observe else None
             states[layer] = LayerState(bank, tuple(options), self.top_k, self.renormalise, sums, stride)
         return states
 
@@ -78,10 +82,18 @@ class AssignedModel:
         return np.array(rows)
 
     def effects(
-        self, choice: np.ndarray | None, ids: torch.Tensor, loss: HeadLoss, stride: int = 1
+        self,
+        choice: np.ndarray | None,
+        ids: torch.Tensor,
+        loss: HeadLoss,
+        stride: int = 1,
+        measured: Collection[int] | None = None,
     ) -> tuple[float, Effects]:
-        """Loss summed over ids [B, S] and the effect of every move, from one forward and one backward pass."""
-        states = self.states(choice, observe=True, stride=stride)
+        """Loss summed over ids [B, S] and the effect of every move, from one forward and one backward pass.
+
+        Only moves to the options in `measured` are looked at, to all where it is None; the others' effects are 0.
+        """
+        states = self.states(choice, observe=True, stride=stride, measured=measured)
         h, context = self.runner.embed(ids.to(self.runner.device))
         h.requires_grad_()
         last = h

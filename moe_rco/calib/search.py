@@ -24,6 +24,7 @@ from moe_rco.types import Assignment, Budget, CostTable, Progress
 
 SEED = "fisher seed"
 STRIDE = 2
+START_BONUS = 1.0
 
 
 def feasible(table: CostTable, budget: Budget) -> FeasibleSet:
@@ -37,10 +38,16 @@ def knapsack(losses: np.ndarray, table: CostTable, budget: Budget) -> Assignment
     return Assignment(table, feasible(table, budget).solve(-losses).choice)
 
 
-def seed_logits(q: np.ndarray, seed: Assignment) -> torch.Tensor:
-    """-q / T with T the mean predicted loss of the seed's options: differences that matter are of order one."""
-    temperature = q[np.arange(len(q)), seed.choice].mean()
-    return torch.from_numpy(-q / max(temperature, 1e-12))
+def start_logits(q: np.ndarray, start: Assignment) -> torch.Tensor:
+    """-q / T with T the mean predicted loss of `start`: differences that matter are of order one.
+
+    Options of `start` get a bonus, so that the search begins near it even where q would choose otherwise.
+    """
+    groups = np.arange(len(q))
+    temperature = q[groups, start.choice].mean()
+    logits = -q / max(temperature, 1e-12)
+    logits[groups, start.choice] += START_BONUS
+    return torch.from_numpy(logits)
 
 
 class Resume(Protocol):
@@ -120,6 +127,14 @@ class KeptOut:
     def __call__(self, choice: np.ndarray) -> float:
         return float(self.sequences(choice).mean())
 
+    def prefers(self, candidate: Candidate, best: Candidate) -> bool:
+        """Whether a candidate is better by more than a standard error of the paired difference.
+
+        The kept-out text is a sample too, and the lowest of many figures on it is partly luck.
+        """
+        gain = self.sequences(best.assignment.choice) - self.sequences(candidate.assignment.choice)
+        return bool(gain.mean() > gain.std() / math.sqrt(len(gain)))
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -155,17 +170,18 @@ def rco(
     resume: Resume | None = None,
     mixed: Mapping[str, Assignment] | None = None,
 ) -> Chosen:
-    """The best assignment found; on the kept-out sequences never worse than the Fisher seed or any candidate.
+    """The best assignment found on the kept-out sequences, the Fisher seed unless another is clearly better there.
 
-    The search's own result must beat the best candidate by a standard error of their paired difference: the kept-out
-    text is a sample too, and the lowest of many figures on it is partly luck. `mixed` are assignments outside the
-    table's layout, judged on the same text to tell what the layout costs.
+    The search starts from the best candidate. `mixed` are assignments outside the table's layout, judged on the same
+    text to tell what the layout costs.
     """
     table, judge = model.table, KeptOut(model, pools[1], references[1])
     seed = knapsack(q, table, budget)
     named = {SEED: seed, **candidates}
     tried = [Candidate(name, assignment, judge(assignment.choice)) for name, assignment in named.items()]
-    best = min(tried, key=lambda candidate: candidate.kl)
+    best, rival = tried[0], min(tried, key=lambda candidate: candidate.kl)
+    if judge.prefers(rival, best):
+        best = rival
     smallest, largest = table.range
     history: tuple[StepRecord, ...] = ()
     # Where the budget leaves no choice there is nothing to relax.
@@ -190,7 +206,7 @@ def rco(
                 samples=search.samples,
                 lr=search.learning_rate,
                 tau=(search.tau_start, search.tau_end),
-                init_logits=seed_logits(q, seed),
+                init_logits=start_logits(q, best.assignment),
                 feasible=feasible(table, budget),
                 evaluate=judge,
                 evaluate_every=search.evaluate_every,
@@ -201,8 +217,7 @@ def rco(
         found = Candidate("rco", Assignment(table, result.choice), result.value)
         tried.append(found)
         history = result.history
-        gain = judge.sequences(best.assignment.choice) - judge.sequences(result.choice)
-        if gain.mean() > gain.std() / math.sqrt(len(gain)):
+        if judge.prefers(found, best):
             best = found
     others = [Candidate(name, other, judge(other.choice)) for name, other in (mixed or {}).items()]
     compared = min(others, key=lambda candidate: candidate.kl, default=None)

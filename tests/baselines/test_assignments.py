@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_rco.baselines import starting_points, uniform
+from moe_rco.baselines import OutputErrors, starting_points, uniform
 from moe_rco.baselines.saliency import prune_equally, prune_lowest
 from moe_rco.calib.calibrate import Usage
 from moe_rco.calib.search import knapsack
@@ -25,10 +25,22 @@ def random_scores(table: CostTable, seed: int) -> dict[int, torch.Tensor]:
     return {layer: scores[n, : len(table.rows(layer))] for n, layer in enumerate(table.layers)}
 
 
+def random_errors(table: CostTable, seed: int) -> OutputErrors:
+    generator = np.random.default_rng(seed)
+    groups = len(table.groups)
+    return OutputErrors(
+        generator.random(table.costs.shape), generator.random(groups), generator.random(groups)
+    )
+
+
+PROXIES = {"proxy (absolute)", "proxy (block)", "proxy (stream)"}
+
+
 @given(problems(), st.integers(0, 99))
 def test_starting_points_are_feasible(problem: tuple[CostTable, Budget], seed: int) -> None:
     table, budget = problem
-    found = starting_points(table, budget, Usage(random_scores(table, seed), random_scores(table, seed + 1)))
+    usage = Usage(random_scores(table, seed), random_scores(table, seed + 1))
+    found = starting_points(table, budget, usage, random_errors(table, seed))
     assert found, "a budget that can be met has a candidate"
     for assignment in found.values():
         assignment.check(budget)
@@ -97,27 +109,31 @@ def test_what_does_not_fit_is_left_out() -> None:
     table = make_table(2, 4, 1)
     scores = {0: torch.ones(4), 1: torch.ones(4)}
     assert uniform(table, Budget(table.costs[0, 1] * 8 - 1, "")) is None
-    found = starting_points(table, Budget(int(table.costs[0, 3]) * 3, ""), Usage(scores, scores))
+    found = starting_points(
+        table, Budget(int(table.costs[0, 3]) * 3, ""), Usage(scores, scores), random_errors(table, 0)
+    )
     options = ("int2-g64", "int3-g64", "int4-g64")
-    assert set(found) == {f"{score} + {option}" for score in ("frequency", "REAP") for option in options}
+    pruned = {f"{score} + {option}" for score in ("frequency", "REAP") for option in options}
+    assert set(found) == pruned | PROXIES
 
 
-def test_without_prune_only_uniform_remains() -> None:
+def test_without_prune_there_is_nothing_to_rank() -> None:
     table = make_table(2, 4, 1, options=("int4-g64", "bf16"))
     scores = {0: torch.ones(4), 1: torch.ones(4)}
     budget = Budget(Assignment.uniform(table, Option.parse("int4-g64")).cost, "")
-    assert list(starting_points(table, budget, Usage(scores, scores))) == ["uniform int4-g64"]
+    found = starting_points(table, budget, Usage(scores, scores), random_errors(table, 0))
+    assert set(found) == {"uniform int4-g64"} | PROXIES
 
 
 @given(problems(), st.integers(0, 99))
 def test_starting_points_of_the_stock_layout(problem: tuple[CostTable, Budget], seed: int) -> None:
     table, budget = replace(problem[0], layout="stock"), problem[1]
     usage = Usage(random_scores(table, seed), random_scores(table, seed + 1))
-    found = starting_points(table, budget, usage)
+    found = starting_points(table, budget, usage, random_errors(table, seed))
     assert found, "a budget that can be met has a candidate"
     for name, assignment in found.items():
         assignment.check(budget)
-        if name.startswith("uniform"):
+        if name.startswith(("uniform", "proxy")):
             continue
         scores = usage.counts if name.startswith("frequency") else usage.saliency
         option = next(option for option in table.options if name.endswith(f"+ {option}"))
