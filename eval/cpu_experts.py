@@ -4,7 +4,8 @@
 
 One thread: the kernels are compared, not the machine's cores. vLLM's own fused kernel on the bfloat16 (and
 float32) weights is what stock vLLM decodes with; the others compute with quantised weights:
-  moe_rco     the packed weights as `serve/vllm_cpu_kernel.py` multiplies by them
+  moe_rco     the packed weights as `serve/vllm_cpu_kernel.py` multiplies by them; it chooses the experts, too, for
+              which the others need further calls that are not in their times
   dequantise  each chosen expert expanded when used, then matrix products in float32 (what transformers does)
   int4pack, int8pack  torch's packed CPU matrix products, called for each chosen expert
 The error is the largest difference to double precision on the same weights, relative to the largest output.
@@ -35,7 +36,8 @@ TOKENS = (1, 16, 256)
 OPTIONS = ("bf16", "int8-g64", "int4-g64", "int3-g64", "int2-g64")
 INT8_PER_CHANNEL = "int8"
 SECONDS = 1.0
-Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
+Experts = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Inputs [T, H], the router's logits [T, E], and weights and ids [T, k] of the experts chosen by them."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,15 @@ def layer(shape: Shape, name: str) -> tuple[list[list[dict[str, Tensor]]], list[
 
 def ours(shape: Shape, name: str, written: list[list[dict[str, Tensor]]]) -> Experts:
     option = Option.parse(name)
+    everyone = range(shape.experts)
     experts = CpuExperts(
-        dict.fromkeys(range(shape.experts), option), shape.experts, shape.hidden, shape.intermediate
+        [option for _ in everyone], everyone, shape.hidden, shape.intermediate, shape.top_k, False
     )
     for expert, matrices in enumerate(written):
         for matrix, tensors in enumerate(matrices):
             for suffix in tensors.keys() - {SHAPE}:
                 experts.load(expert, matrix, suffix, tensors[suffix])
-    return experts
+    return lambda x, logits, factors, ids: experts(x, logits)
 
 
 def fused(weights: list[list[Tensor]], dtype: torch.dtype) -> Experts:
@@ -88,7 +91,7 @@ def fused(weights: list[list[Tensor]], dtype: torch.dtype) -> Experts:
         for weight in (w13, torch.stack([expert[2] for expert in weights]).to(dtype))
     )
 
-    def run(x: Tensor, factors: Tensor, ids: Tensor) -> Tensor:
+    def run(x: Tensor, logits: Tensor, factors: Tensor, ids: Tensor) -> Tensor:
         x = x.to(dtype)
         out = torch.empty_like(x)
         cpu_fused_moe(out, x, w13, w2, None, None, factors, ids, "silu", "vec", False)
@@ -100,7 +103,7 @@ def fused(weights: list[list[Tensor]], dtype: torch.dtype) -> Experts:
 def one_by_one(matrices: Sequence[Sequence[Callable[[Tensor], Tensor]]]) -> Experts:
     """Experts one after the other, each matrix a function of its inputs."""
 
-    def run(x: Tensor, factors: Tensor, ids: Tensor) -> Tensor:
+    def run(x: Tensor, logits: Tensor, factors: Tensor, ids: Tensor) -> Tensor:
         out = torch.zeros_like(x)
         for expert, (gate, up, down) in enumerate(matrices):
             token, place = torch.where(ids == expert)
@@ -174,7 +177,8 @@ def measure(shape: Shape) -> list[str]:
         generator = torch.Generator().manual_seed(tokens)
         scores = torch.rand(tokens, shape.experts, generator=generator)
         factors, ids = scores.softmax(-1).topk(shape.top_k)
-        inputs[tokens] = torch.randn(tokens, shape.hidden, generator=generator), factors, ids.int()
+        x = torch.randn(tokens, shape.hidden, generator=generator)
+        inputs[tokens] = x, scores, factors, ids.int()
     stock: list[float] = []
     for name in (*OPTIONS, INT8_PER_CHANNEL):
         written, weights = layer(shape, name)
@@ -188,8 +192,8 @@ def measure(shape: Shape) -> list[str]:
             kernels["int4pack"] = int4pack(name, written)
         if name == INT8_PER_CHANNEL:
             kernels["int8pack"] = int8pack(written)
-        x, factors, ids = inputs[16]
-        truth = exact(weights)(x.double(), factors.double(), ids)
+        x, scores, factors, ids = inputs[16]
+        truth = exact(weights)(x.double(), scores, factors.double(), ids)
         for kernel, run in kernels.items():
             times = [seconds(lambda run=run, given=given: run(*given)) for given in inputs.values()]
             stock = stock or times
@@ -197,7 +201,7 @@ def measure(shape: Shape) -> list[str]:
                 f"{1e6 * taken:.0f} µs ({taken / first:.2f})"
                 for taken, first in zip(times, stock, strict=True)
             ]
-            error = (run(x, factors, ids) - truth).abs().max() / truth.abs().max()
+            error = (run(*inputs[16]) - truth).abs().max() / truth.abs().max()
             lines.append(f"| {name} | {kernel} | {' | '.join(cells)} | {float(error):.0e} |")
     return [*lines, ""]
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from importlib.metadata import version
-from typing import Any
-
-from torch import Tensor
 
 from moe_rco.errors import UserError
 
@@ -42,32 +38,6 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.platforms import current_platform  # noqa: E402
 from vllm.utils.torch_utils import direct_register_custom_op  # noqa: E402
 
-_LAYERS = "vllm.model_executor.layers.fused_moe"
-_cpu_select_experts: Any = None
-if importlib.util.find_spec(f"{_LAYERS}.router.cpu_router") is None:
-    # Before 0.30 the routers do not run on a CPU, and its kernels route for themselves: 0.26 and 0.27 with the
-    # first of these, 0.28 and 0.29 with the second.
-    _first = importlib.util.find_spec(f"{_LAYERS}.cpu_fused_moe") is not None
-    _module = importlib.import_module(f"{_LAYERS}.{'cpu_fused_moe' if _first else 'experts.cpu_moe'}")
-    _cpu_select_experts = _module.select_experts
-
-
-def select_experts(
-    layer: Any, router: Any, x: Tensor, logits: Tensor, input_ids: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Weights [T, k] and ids [T, k] as vLLM itself would choose them from `logits` [T, E]."""
-    if _cpu_select_experts is not None and current_platform.is_cpu():
-        return _cpu_select_experts(
-            hidden_states=x,
-            router_logits=logits,
-            top_k=layer.top_k,
-            use_grouped_topk=layer.use_grouped_topk,
-            renormalize=layer.renormalize,
-            scoring_func=layer.scoring_func,
-        )
-    return router.select_experts(hidden_states=x, router_logits=logits, input_ids=input_ids)
-
-
 __all__ = [
     "FusedMoEConfig",
     "FusedMoEMethodBase",
@@ -81,5 +51,4 @@ __all__ = [
     "direct_register_custom_op",
     "get_current_vllm_config",
     "init_logger",
-    "select_experts",
 ]

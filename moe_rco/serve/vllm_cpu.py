@@ -1,10 +1,12 @@
-"""The experts of a layer on a CPU: their packed tensors in the kernels' layout, and the operator that runs
-them.
+"""The experts of a layer on a CPU: their packed tensors in the kernels' layout, and the operator that chooses among
+them and runs them.
+
+One operator does both because for one token of a small model calling three costs more than the work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Sequence
 from functools import cache
 
 import numba
@@ -28,7 +30,9 @@ _library = torch.library.Library("moe_rco", "FRAGMENT")
 class CpuExperts(nn.Module):
     """The packed experts of one layer in three flat buffers, which together are as large as on disk.
 
-    options: of every expert this process holds, by its global id; the others add nothing to the output.
+    options: of every expert of the layer, by id. local: the ids of those this process holds; the others add nothing
+    to the output. A token uses the `top_k` best of those not pruned, weighted by the softmax over them all or, where
+    `renormalize`, over the chosen ones.
     """
 
     words: Tensor
@@ -37,13 +41,23 @@ class CpuExperts(nn.Module):
     table: Tensor
 
     def __init__(
-        self, options: Mapping[int, Option], num_experts: int, hidden: int, intermediate: int
+        self,
+        options: Sequence[Option],
+        local: Collection[int],
+        hidden: int,
+        intermediate: int,
+        top_k: int,
+        renormalize: bool,
     ) -> None:
         super().__init__()
-        self.options, self.hidden, self.intermediate = dict(options), hidden, intermediate
-        table = torch.zeros(num_experts, kernel.TABLE_COLUMNS, dtype=torch.int64)
+        self.options, self.hidden, self.intermediate = options, hidden, intermediate
+        self.top_k, self.renormalize = top_k, renormalize
+        table = torch.zeros(len(options), kernel.TABLE_COLUMNS, dtype=torch.int64)
         sizes = [0, 0, 0]
-        for expert, option in self.options.items():
+        for expert, option in enumerate(options):
+            table[expert, kernel.PRUNED] = int(option.is_prune)
+            if expert not in local:
+                continue
             table[expert, kernel.BITS] = option.bits
             table[expert, kernel.GROUP] = option.group_size or 0
             table[expert, kernel.ASYMMETRIC] = int(option.is_quantized and not option.symmetric)
@@ -101,26 +115,25 @@ class CpuExperts(nn.Module):
 
     def prepare(self) -> None:
         """Compile the kernels (a file cache keeps them), so that no request waits for it."""
-        x, weights = torch.zeros(1, self.hidden), torch.zeros(1, 1)
-        nobody = torch.full((1, 1), -1, dtype=torch.int32)
+        x, logits = torch.zeros(0, self.hidden), torch.zeros(0, len(self.options))
         for threads in {1, _threads()}:
-            _run(
-                x,
-                weights,
-                nobody,
-                self.words,
-                self.scales,
-                self.zeros,
-                self.table,
-                self.intermediate,
-                threads,
-            )
+            _run(x, logits, *self._arguments, threads)
 
-    def forward(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-        """x [T, H], weights float32 [T, k] and global ids [T, k] -> [T, H], in x's dtype."""
-        return torch.ops.moe_rco.cpu_experts(
-            x, weights, ids, self.words, self.scales, self.zeros, self.table, self.intermediate
+    @property
+    def _arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int, bool]:
+        return (
+            self.words,
+            self.scales,
+            self.zeros,
+            self.table,
+            self.intermediate,
+            self.top_k,
+            self.renormalize,
         )
+
+    def forward(self, x: Tensor, logits: Tensor) -> Tensor:
+        """x [T, H] and the router's logits [T, E] -> [T, H], in x's dtype."""
+        return torch.ops.moe_rco.cpu_experts(x, logits, *self._arguments)
 
 
 def _blocked(tensor: Tensor) -> Tensor:
@@ -141,55 +154,59 @@ def _planes(packed: Tensor, bits: int, rows: int) -> Tensor:
 
 def _cpu_experts(
     x: Tensor,
-    weights: Tensor,
-    ids: Tensor,
+    logits: Tensor,
     words: Tensor,
     scales: Tensor,
     zeros: Tensor,
     table: Tensor,
     intermediate: int,
+    top_k: int,
+    renormalize: bool,
 ) -> Tensor:
-    work = ids.numel() * x.shape[1] * intermediate
+    work = len(x) * top_k * x.shape[1] * intermediate
     threads = _threads() if work >= PARALLEL_WORK else 1
-    return _run(x, weights, ids, words, scales, zeros, table, intermediate, threads)
+    return _run(x, logits, words, scales, zeros, table, intermediate, top_k, renormalize, threads)
 
 
 def _run(
     x: Tensor,
-    weights: Tensor,
-    ids: Tensor,
+    logits: Tensor,
     words: Tensor,
     scales: Tensor,
     zeros: Tensor,
     table: Tensor,
     intermediate: int,
+    top_k: int,
+    renormalize: bool,
     threads: int,
 ) -> Tensor:
-    x, weights, ids = x.contiguous(), weights.contiguous(), ids.contiguous()
-    if ids.dtype != torch.int32 or weights.dtype != torch.float32:
-        ids, weights = ids.to(torch.int32), weights.float()
-    inputs = x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
+    inputs, scores = _readable(x), _readable(logits)
     out = torch.empty_like(inputs)
     (kernel.run_experts_parallel if threads > 1 else kernel.run_experts)(
         inputs.data_ptr(),
         inputs.itemsize * 8,
-        ids.data_ptr(),
-        weights.data_ptr(),
+        scores.data_ptr(),
+        scores.itemsize * 8,
         table.data_ptr(),
         words.data_ptr(),
         scales.data_ptr(),
         zeros.data_ptr(),
         out.data_ptr(),
-        *ids.shape,
-        len(table),
+        *scores.shape,
         x.shape[1],
         intermediate,
-        words.numel(),
-        scales.numel(),
-        zeros.numel(),
+        top_k,
+        renormalize,
         threads,
     )
-    return out if inputs is x else out.to(x.dtype)
+    return out if inputs.dtype == x.dtype else out.to(x.dtype)
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """As the kernels read it: contiguous, bfloat16 or float32."""
+    if tensor.dtype not in (torch.float32, torch.bfloat16):
+        tensor = tensor.float()
+    return tensor.contiguous()
 
 
 @cache
@@ -212,13 +229,14 @@ def _threads() -> int:
 
 def _cpu_experts_shape(
     x: Tensor,
-    weights: Tensor,
-    ids: Tensor,
+    logits: Tensor,
     words: Tensor,
     scales: Tensor,
     zeros: Tensor,
     table: Tensor,
     intermediate: int,
+    top_k: int,
+    renormalize: bool,
 ) -> Tensor:
     return torch.empty_like(x)
 

@@ -29,10 +29,11 @@ TILE = 4
 TOKENS = 64
 """Most tokens of one expert in a task: their sums stay in the cache."""
 
-# Columns of the table with one row an expert. A row of zeros is an expert that is pruned or held elsewhere.
-BITS, GROUP, ASYMMETRIC, WORDS, SCALES, ZEROS = 0, 1, 2, 3, 6, 9
-"""From the last three on, one offset for each of gate, up and down."""
-TABLE_COLUMNS = 12
+# Columns of the table with one row an expert. No token is routed to one that is PRUNED; one of 0 BITS is held by
+# another process and adds nothing here.
+BITS, GROUP, ASYMMETRIC, WORDS, SCALES, ZEROS, PRUNED = 0, 1, 2, 3, 6, 9, 12
+"""From WORDS, SCALES and ZEROS on, one offset for each of gate, up and down."""
+TABLE_COLUMNS = 13
 
 # Only fused multiply-add may change a result: infinities and NaN pass through, and sums have a fixed order.
 _JIT: dict[str, Any] = {
@@ -45,6 +46,8 @@ _JIT: dict[str, Any] = {
 
 
 _F = np.float32
+_ANY = 1 << 40
+"""The length of a buffer that is only read where the table says."""
 _LOG2_E, _LN2_HIGH, _LN2_LOW, _ROUND = _F(1.44269504), _F(0.693359375), _F(-2.12194440e-4), _F(12582912)
 _LANE_BITS = np.array([1 << lane for lane in range(LANES)], np.uint32).view(np.int32)
 _C2, _C3, _C4, _C5, _C6, _C7 = _F(1 / 2), _F(1 / 6), _F(1 / 24), _F(1 / 120), _F(1 / 720), _F(1 / 5040)
@@ -283,11 +286,46 @@ def _activate(values, gate_at, up_at, weight, result, at, count):
         part[i] = gate[i] / (_F(1) + exp * power) * up[i] * weight
 
 
+@njit(**_JIT)
+def _route(logits, table, renormalize, ids, weights):
+    """The ids int32 and weights float32 [T, k] of the best experts that are not pruned, best first: softmax over all
+    of those, or over the chosen where `renormalize`. logits float32 [T, E]. A token with a NaN gets NaN weights.
+    """
+    tokens, experts = logits.shape
+    top_k = ids.shape[1]
+    best = np.empty(top_k, np.float32)
+    for token in range(tokens):
+        best[:] = -np.inf
+        ids[token] = -1
+        undefined = False
+        for expert in range(experts):
+            logit = logits[token, expert]
+            undefined |= logit != logit
+            if logit > best[top_k - 1] and not table[expert, PRUNED]:
+                at = top_k - 1
+                while at > 0 and logit > best[at - 1]:
+                    best[at], ids[token, at] = best[at - 1], ids[token, at - 1]
+                    at -= 1
+                best[at], ids[token, at] = logit, expert
+        total = _F(0)
+        if renormalize:
+            for j in range(top_k):
+                total += np.exp(best[j] - best[0])
+        else:
+            for expert in range(experts):
+                if not table[expert, PRUNED]:
+                    total += np.exp(logits[token, expert] - best[0])
+        for j in range(top_k):
+            weights[token, j] = _F(np.nan) if undefined else np.exp(best[j] - best[0]) / total
+            if ids[token, j] < 0:  # so few finite logits: any expert, whose output the NaN then replaces
+                ids[token, j] = 0
+
+
 def _experts(x, ids, weights, table, words, scales, zeros, intermediate, workers, out):
     """out [T, H] = the weighted sum of the chosen experts' outputs.
 
-    x float32 [T, H], ids int32 and weights float32 [T, k], table int64 [E, TABLE_COLUMNS]. A chosen expert
-    with no entry adds nothing. The work is dealt out in `workers` parts.
+    x float32 [T, H], ids int32 and weights float32 [T, k], table int64 [E, TABLE_COLUMNS]. The work is
+    dealt out in `workers` parts.
     """
     tokens, hidden = x.shape
     top_k = ids.shape[1]
@@ -298,7 +336,7 @@ def _experts(x, ids, weights, table, words, scales, zeros, intermediate, workers
     for token in range(tokens):
         for j in range(top_k):
             expert = ids[token, j]
-            if expert >= 0 and table[expert, BITS] > 0:
+            if table[expert, BITS] > 0:
                 counts[expert] += 1
     # Slots: the (token, expert) pairs in order of their experts, each expert's padded to whole tiles.
     starts = np.zeros(experts, np.int64)
@@ -324,7 +362,7 @@ def _experts(x, ids, weights, table, words, scales, zeros, intermediate, workers
     for token in range(tokens):
         for j in range(top_k):
             expert = ids[token, j]
-            if expert >= 0 and table[expert, BITS] > 0:
+            if table[expert, BITS] > 0:
                 slot = starts[expert]
                 starts[expert] += 1
                 slot_token[slot], slot_weight[slot] = token, weights[token, j]
@@ -394,6 +432,13 @@ def _experts(x, ids, weights, table, words, scales, zeros, intermediate, workers
                             flat[at + lane] += down[slot * LANES + lane]
 
 
+@njit(**_JIT)
+def _widen(half, result):
+    """bfloat16, as int16, to float32."""
+    for i in range(len(half)):
+        result[i] = _bfloat16(np.int32(half[i]))
+
+
 @intrinsic
 def _pointer(typing_context: Any, address: Any) -> Any:
     """An address as a pointer."""
@@ -413,44 +458,47 @@ def _entry(experts: Any) -> Any:
     def run(
         x,
         x_bits,
-        ids,
-        weights,
+        logits,
+        logits_bits,
         table,
         words,
         scales,
         zeros,
         out,
         tokens,
-        top_k,
         num_experts,
         hidden,
         intermediate,
-        n_words,
-        n_scales,
-        n_zeros,
+        top_k,
+        renormalize,
         workers,
     ):
-        """Addresses, then sizes: of the tensors, and of the last three buffers in elements. x and out are float32,
-        or bfloat16 where `x_bits` is 16.
+        """Addresses of the tensors, then sizes. x and out are float32, or bfloat16 where `x_bits` is 16, and so the
+        logits.
         """
         if x_bits == 16:
             inputs = np.empty((tokens, hidden), np.float32)
             outputs = np.empty((tokens, hidden), np.float32)
-            half = carray(_pointer(x), (tokens * hidden,), np.int16)
-            flat = inputs.reshape(-1)
-            for i in range(len(flat)):
-                flat[i] = _bfloat16(np.int32(half[i]))
+            _widen(carray(_pointer(x), (tokens * hidden,), np.int16), inputs.reshape(-1))
         else:
             inputs = carray(_pointer(x), (tokens, hidden), np.float32)
             outputs = carray(_pointer(out), (tokens, hidden), np.float32)
+        if logits_bits == 16:
+            scores = np.empty((tokens, num_experts), np.float32)
+            _widen(carray(_pointer(logits), (tokens * num_experts,), np.int16), scores.reshape(-1))
+        else:
+            scores = carray(_pointer(logits), (tokens, num_experts), np.float32)
+        entries = carray(_pointer(table), (num_experts, TABLE_COLUMNS), np.int64)
+        ids, weights = np.empty((tokens, top_k), np.int32), np.empty((tokens, top_k), np.float32)
+        _route(scores, entries, renormalize, ids, weights)
         experts(
             inputs,
-            carray(_pointer(ids), (tokens, top_k), np.int32),
-            carray(_pointer(weights), (tokens, top_k), np.float32),
-            carray(_pointer(table), (num_experts, TABLE_COLUMNS), np.int64),
-            carray(_pointer(words), (n_words,), np.int32),
-            carray(_pointer(scales), (n_scales,), np.int16),
-            carray(_pointer(zeros), (n_zeros,), np.int32),
+            ids,
+            weights,
+            entries,
+            carray(_pointer(words), (_ANY,), np.int32),
+            carray(_pointer(scales), (_ANY,), np.int16),
+            carray(_pointer(zeros), (_ANY,), np.int32),
             intermediate,
             workers,
             outputs,

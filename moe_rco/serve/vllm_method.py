@@ -1,7 +1,7 @@
 """Loads and runs the routed experts of one layer in vLLM.
 
-Experts keep their original ids and the gate all its rows; pruned experts are masked in the router's logits
-before vLLM's own router chooses.
+Experts keep their original ids and the gate all its rows; a token's experts are chosen among those not pruned: on a
+GPU by vLLM's own router from masked logits, on a CPU by the operator that runs them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from moe_rco.serve.vllm_compat import (
     MoEActivation,
     current_platform,
     get_current_vllm_config,
-    select_experts,
 )
 from moe_rco.serve.vllm_shard import shard
 from moe_rco.types import Group, Option
@@ -79,9 +78,7 @@ class MoeRcoMethod(FusedMoEMethodBase):
             for expert, option in enumerate(self.options)
             if not option.is_prune and to_local(expert) != -1
         }
-        layer.experts = _backend()(
-            self.local, len(self.options), hidden_size, intermediate_size_per_partition
-        )
+        layer.experts = self._experts(layer, hidden_size, intermediate_size_per_partition)
         pruned = torch.tensor([option.is_prune for option in self.options])
         layer.register_buffer("pruned_experts", pruned if pruned.any() else None, persistent=False)
         for kind in ("w13", "w2"):
@@ -156,18 +153,28 @@ class MoeRcoMethod(FusedMoEMethodBase):
         self, layer: Any, x: Tensor, router_logits: Tensor, input_ids: Tensor | None = None
     ) -> Tensor:
         """x [T, H], router_logits [T, E] -> this process's part of the experts' output [T, H]."""
+        if current_platform.is_cpu():
+            return layer.experts(x, router_logits)
         if layer.pruned_experts is not None:
             lowest = max(MASKED_LOGIT, torch.finfo(router_logits.dtype).min)
             router_logits = router_logits.masked_fill(layer.pruned_experts, lowest)
-        weights, ids = select_experts(layer, self._router, x, router_logits, input_ids)
+        weights, ids = self._router.select_experts(
+            hidden_states=x, router_logits=router_logits, input_ids=input_ids
+        )
         return layer.experts(x, weights, ids)
 
+    def _experts(self, layer: Any, hidden: int, intermediate: int) -> nn.Module:
+        if current_platform.is_cpu():
+            from moe_rco.serve.vllm_cpu import CpuExperts
 
-def _backend() -> Any:
-    if current_platform.is_cpu():
-        from moe_rco.serve.vllm_cpu import CpuExperts
+            unusual = (layer.use_grouped_topk, layer.custom_routing_function, layer.e_score_correction_bias)
+            if layer.scoring_func != "softmax" or unusual != (False, None, None):
+                raise ModelError(
+                    f"{layer.layer_name}: only routing by a softmax over all experts is supported"
+                )
+            return CpuExperts(
+                self.options, self.local, hidden, intermediate, layer.top_k, bool(layer.renormalize)
+            )
+        from moe_rco.serve.vllm_cuda import CudaExperts
 
-        return CpuExperts
-    from moe_rco.serve.vllm_cuda import CudaExperts
-
-    return CudaExperts
+        return CudaExperts(self.local, len(self.options), hidden, intermediate)

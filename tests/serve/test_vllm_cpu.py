@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import pytest
 import torch
@@ -27,16 +27,25 @@ MIXED = ("bf16", "int8", "int8-g32", "int4-g16", "int4", "int3-g32", "int3", "in
 
 
 def build(
-    names: Sequence[str], hidden: int = HIDDEN, intermediate: int = INTERMEDIATE, seed: int = 0
+    names: Sequence[str],
+    hidden: int = HIDDEN,
+    intermediate: int = INTERMEDIATE,
+    elsewhere: Collection[int] = (),
+    renormalize: bool = True,
 ) -> tuple[CpuExperts, dict[int, list[Tensor]], int]:
-    """Experts whose ids take `names` in turn, their dequantised weights in float64, and their bytes on disk."""
-    generator = torch.Generator().manual_seed(seed)
-    options = {expert: Option.parse(names[expert % len(names)]) for expert in range(EXPERTS)}
-    options = {expert: option for expert, option in options.items() if not option.is_prune}
-    experts = CpuExperts(options, EXPERTS, hidden, intermediate)
+    """Experts whose ids take `names` in turn, their dequantised weights in float64, and their bytes on disk.
+
+    Those in `elsewhere` are another process's.
+    """
+    generator = torch.Generator().manual_seed(0)
+    options = [Option.parse(names[expert % len(names)]) for expert in range(EXPERTS)]
+    local = [e for e, option in enumerate(options) if not option.is_prune and e not in elsewhere]
+    experts = CpuExperts(options, local, hidden, intermediate, TOP_K, renormalize)
     weights: dict[int, list[Tensor]] = {}
     on_disk = 0
-    for expert, option in options.items():
+    for expert, option in enumerate(options):
+        if option.is_prune:
+            continue
         for matrix, shape in enumerate(
             ((intermediate, hidden), (intermediate, hidden), (hidden, intermediate))
         ):
@@ -48,83 +57,100 @@ def build(
             weights.setdefault(expert, []).append(dequantize(tensors, option).double())
             on_disk += nbytes(shape, option)
             for suffix, tensor in tensors.items():
-                if suffix != SHAPE:
+                if suffix != SHAPE and expert in local:
                     experts.load(expert, matrix, suffix, tensor)
     return experts, weights, on_disk
 
 
-def routing(tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(tokens: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """x and the router's logits."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.stack([torch.randperm(EXPERTS, generator=generator)[:TOP_K] for _ in range(tokens)])
-    x = torch.randn(tokens, HIDDEN, generator=generator)
-    return x, torch.rand(tokens, TOP_K, generator=generator), ids.int()
+    return torch.randn(tokens, HIDDEN, generator=generator), torch.randn(tokens, EXPERTS, generator=generator)
 
 
-def reference(weights: dict[int, list[Tensor]], x: Tensor, factors: Tensor, ids: Tensor) -> Tensor:
+def reference(experts: CpuExperts, weights: dict[int, list[Tensor]], x: Tensor, logits: Tensor) -> Tensor:
+    kept = torch.tensor([not option.is_prune for option in experts.options])
+    p = torch.softmax(logits.double().masked_fill(~kept, -torch.inf), -1)
+    factors, ids = torch.topk(p, TOP_K)
+    if experts.renormalize:
+        factors = factors / factors.sum(-1, keepdim=True)
     out = torch.zeros(x.shape, dtype=torch.float64)
     for token, (row, chosen) in enumerate(zip(x.double(), ids.tolist(), strict=True)):
-        for factor, expert in zip(factors[token].double(), chosen, strict=True):
-            if expert in weights:
-                gate, up, down = weights[expert]
-                out[token] += factor * (down @ (F.silu(gate @ row) * (up @ row)))
+        for factor, expert in zip(factors[token], chosen, strict=True):
+            gate, up, down = weights[expert]
+            out[token] += factor * (down @ (F.silu(gate @ row) * (up @ row)))
     return out
 
 
 @pytest.mark.parametrize("names", [*((name,) for name in MIXED), (*MIXED, "prune")], ids="-".join)
 @pytest.mark.parametrize("tokens", [1, 2, 150])
-def test_exact_to_float32(names: tuple[str, ...], tokens: int) -> None:
-    experts, weights, _ = build(names)
-    x, factors, ids = routing(tokens)
-    expected = reference(weights, x, factors, ids)
-    assert (experts(x, factors, ids) - expected).abs().max() < 2e-6 * expected.abs().max()
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_exact_to_float32(names: tuple[str, ...], tokens: int, renormalize: bool) -> None:
+    experts, weights, _ = build(names, renormalize=renormalize)
+    x, logits = inputs(tokens)
+    expected = reference(experts, weights, x, logits)
+    assert (experts(x, logits) - expected).abs().max() < 2e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_pruned_experts_are_never_chosen(renormalize: bool) -> None:
+    experts, weights, _ = build(("prune", "bf16"), renormalize=renormalize)
+    x, logits = inputs(20)
+    logits[:, ::2] += 100  # the pruned ones
+    expected = reference(experts, weights, x, logits)
+    assert (experts(x, logits) - expected).abs().max() < 2e-6 * expected.abs().max()
 
 
 @pytest.mark.parametrize("shape", [(64, 33), (48, 16)])
 def test_rows_need_not_fill_blocks(shape: tuple[int, int]) -> None:
     hidden, intermediate = shape
     experts, weights, _ = build(("int3", "int2", "bf16", "int8", "int4"), hidden, intermediate)
-    x, factors, ids = routing(5)
-    expected = reference(weights, x[:, :hidden], factors, ids)
-    assert (experts(x[:, :hidden], factors, ids) - expected).abs().max() < 2e-6 * expected.abs().max()
+    x, logits = inputs(5)
+    expected = reference(experts, weights, x[:, :hidden], logits)
+    assert (experts(x[:, :hidden], logits) - expected).abs().max() < 2e-6 * expected.abs().max()
 
 
 def test_an_expert_that_is_not_here_adds_nothing() -> None:
-    experts, _, _ = build(("int4", "prune", "prune"))
-    x, factors, _ = routing(4)
-    assert not experts(x, factors, torch.tensor([[1, 2, -1]] * 4)).any()
+    """It takes part in the routing all the same, and the processes' outputs add up to the whole."""
+    x, logits = inputs(20)
+    parts = [build(MIXED, elsewhere=range(start, EXPERTS, 2))[0](x, logits) for start in (0, 1)]
+    assert torch.allclose(parts[0] + parts[1], build(MIXED)[0](x, logits), atol=1e-6)
 
 
 def test_large_and_undefined_activations_come_out_as_they_should() -> None:
     experts, weights, _ = build(("bf16", "int4"))
-    x, factors, ids = routing(3)
+    x, logits = inputs(3)
     x[0] *= 1e4  # silu saturates
-    expected = reference(weights, x, factors, ids)
-    error = (experts(x, factors, ids) - expected).abs().amax(1)
+    expected = reference(experts, weights, x, logits)
+    error = (experts(x, logits) - expected).abs().amax(1)
     assert (error < 2e-6 * expected.abs().amax(1)).all()
     x[1, 0] = torch.nan
-    found = experts(x, factors, ids)
+    found = experts(x, logits)
     assert found[1].isnan().all()
     assert found[[0, 2]].isfinite().all()
-    assert experts(x.bfloat16(), factors, ids)[1].isnan().all()
+    assert experts(x.bfloat16(), logits)[1].isnan().all()
+    x, logits = inputs(3)
+    logits[1, 4] = torch.nan
+    assert experts(x, logits).isnan().all(1).tolist() == [False, True, False]
 
 
 def test_each_token_is_its_own() -> None:
     experts, _, _ = build(MIXED)
-    x, factors, ids = routing(70)
-    together = experts(x, factors, ids)
-    alone = torch.cat([experts(x[t : t + 1], factors[t : t + 1], ids[t : t + 1]) for t in range(len(x))])
+    x, logits = inputs(70)
+    together = experts(x, logits)
+    alone = torch.cat([experts(x[t : t + 1], logits[t : t + 1]) for t in range(len(x))])
     assert torch.allclose(together, alone, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
     experts, weights, _ = build(MIXED)
-    x, factors, ids = routing(6)
-    found = experts(x.to(dtype), factors, ids.long())
-    exact = experts(x.to(dtype).float(), factors, ids)
+    x, logits = inputs(6)
+    found = experts(x.to(dtype), logits.to(dtype))
+    exact = experts(x.to(dtype).float(), logits.to(dtype).float())
     assert torch.equal(found, exact.to(dtype))
     assert found.dtype == dtype
-    expected = reference(weights, x.to(dtype), factors, ids)
+    expected = reference(experts, weights, x.to(dtype), logits.to(dtype))
     step = torch.finfo(dtype).eps
     assert ((found.double() - expected).abs() <= step * expected.abs() + 1e-5).all()
 
@@ -132,10 +158,9 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
 def test_threads_change_nothing() -> None:
     experts, _, _ = build(MIXED)
     for dtype in (torch.float32, torch.bfloat16):
-        x, factors, ids = routing(40)
+        x, logits = inputs(40)
         x = x.to(dtype)
-        buffers = (experts.words, experts.scales, experts.zeros, experts.table)
-        assert torch.equal(_run(x, factors, ids, *buffers, INTERMEDIATE, 3), experts(x, factors, ids))
+        assert torch.equal(_run(x, logits, *experts._arguments, 3), experts(x, logits))
 
 
 def test_bytes_held_are_the_bytes_on_disk() -> None:
@@ -148,15 +173,14 @@ def test_bytes_held_are_the_bytes_on_disk() -> None:
 
 def test_the_operator_is_sound() -> None:
     experts, _, _ = build(("int4", "bf16"))
-    x, factors, ids = routing(3)
-    tensors = (experts.words, experts.scales, experts.zeros, experts.table)
-    torch.library.opcheck(torch.ops.moe_rco.cpu_experts.default, (x, factors, ids, *tensors, INTERMEDIATE))
+    x, logits = inputs(3)
+    torch.library.opcheck(torch.ops.moe_rco.cpu_experts.default, (x, logits, *experts._arguments))
 
 
 def test_the_operator_uses_the_threads_torch_has() -> None:
     code = (
         "import torch; from moe_rco.serve import vllm_cpu; from tests.serve.test_vllm_cpu import *\n"
-        "experts, _, _ = build(MIXED); arguments = routing(40); alone = experts(*arguments)\n"
+        "experts, _, _ = build(MIXED); arguments = inputs(40); alone = experts(*arguments)\n"
         "vllm_cpu.PARALLEL_WORK = 0; assert torch.equal(experts(*arguments), alone)\n"
         "import numba; print(numba.threading_layer(), numba.get_num_threads(), torch.get_num_threads())"
     )
