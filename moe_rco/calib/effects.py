@@ -37,8 +37,8 @@ class EffectSums:
         shape = (experts, options)
         return cls(torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64), measured)
 
-    def measures(self, option: int | None) -> bool:
-        return option is not None and (self.measured is None or option in self.measured)
+    def measures(self, option: int) -> bool:
+        return self.measured is None or option in self.measured
 
     def add(self, expert: int, option: int, effect: torch.Tensor) -> None:
         """Add the effects [n] of one move at the tokens it touches."""
@@ -106,8 +106,8 @@ def _requantise(state: LayerState, sums: EffectSums, tokens: Tokens, weights: to
         if not len(token):
             continue
         x, g = tokens.x[token], tokens.g[token]
-        for option in state.bank.quantities:
-            if option != state.choice[expert] and sums.measures(option):
+        for option in filter(sums.measures, state.bank.quantities):
+            if option != state.choice[expert]:
                 moved = (g * state.expert(x, expert, option)).sum(-1)
                 sums.add(expert, option, weights[token, slot] * (moved - tokens.score[token, slot]))
 
@@ -150,7 +150,7 @@ def _return(
             total = routing.total[enters] - last + came
             dot = routing.dot[enters] - last * tokens.score[enters, -1] + came * score
             effect[enters] = dot / (total if state.renormalise else 1 + came) - routing.now[enters]
-        for option in state.bank.quantities:
+        for option in filter(sums.measures, state.bank.quantities):
             sums.add(expert, option, effect)
 
 

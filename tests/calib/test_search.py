@@ -88,6 +88,24 @@ def test_fisher_effects_rank_single_moves_as_the_true_divergence_does(ready: Cal
     assert (ready.q[:, bf16] == 0).all()  # the model is bf16 on disk: nothing moves
 
 
+def test_only_what_is_asked_for_is_measured(ready: Calibration) -> None:
+    """And the rest is what it is when all is measured, for an assignment with pruned experts, too."""
+    model, ids = ready.model, ready.pools[0].ids[:4]
+    choice = knapsack(ready.q, model.table, Budget(int(model.table.original_bytes * 0.2), "")).choice
+    reference = ready.calibrated.train.of(slice(0, 4), CPU)
+    wanted = [0, 2]
+
+    def loss(row: int, logits: torch.Tensor) -> torch.Tensor:
+        return divergence(reference.row(row), logits).sum()
+
+    for start in (None, choice):
+        _, everything = model.effects(start, ids, loss)
+        _, some = model.effects(start, ids, loss, measured=wanted)
+        for part, whole in ((some.linear, everything.linear), (some.squared, everything.squared)):
+            assert (part[:, [1, 3]] == 0).all()
+            assert np.array_equal(part[:, wanted], whole[:, wanted])
+
+
 def test_summed_effects_are_the_derivative_of_the_loss(
     ready: Calibration, monkeypatch: pytest.MonkeyPatch
 ) -> None:
