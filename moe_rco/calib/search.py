@@ -128,12 +128,12 @@ class KeptOut:
         return float(self.sequences(choice).mean())
 
     def prefers(self, candidate: Candidate, best: Candidate) -> bool:
-        """Whether a candidate is better by more than a standard error of the paired difference.
+        """Whether a candidate is better by more than two standard errors of the paired difference.
 
         The kept-out text is a sample too, and the lowest of many figures on it is partly luck.
         """
         gain = self.sequences(best.assignment.choice) - self.sequences(candidate.assignment.choice)
-        return bool(gain.mean() > gain.std() / math.sqrt(len(gain)))
+        return bool(gain.mean() > 2 * gain.std() / math.sqrt(len(gain)))
 
 
 @dataclass(frozen=True)
