@@ -137,7 +137,7 @@ def prepare(ready: checks.Ready, work: Path, progress: Progress) -> Prepared:
     model = AssignedModel(runner, sized.adapter, checkpoint.config, bank, store)
     # The options decide the table's columns; the rest of what the effects depend on is in the store's fingerprint.
     saved = SavedState(
-        work / "effects.safetensors", f"{store.fingerprint} {costs_digest(sized.table)} {recipe.search.seed}"
+        work / "measured.safetensors", f"{store.fingerprint} {costs_digest(sized.table)} {recipe.search.seed}"
     )
     state = saved.load()
     if state is None:

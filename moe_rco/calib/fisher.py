@@ -6,8 +6,8 @@ KL(original || moved) is about 1/2 E_t (g_t . dy_t)^2. One backward pass serves 
 The expansion holds for changes of the logits well below one. Pruning is not one of those: where the model is
 certain, p (1 - p) and so the prediction are next to nothing, but taking out the expert that made it certain costs
 nats. So pruning is measured with the gradients of p softened by a temperature, which are not blind there.
-eval/results/effects.md has what that changes: with T = 4 the rank correlation with the true KL of pruning an expert
-goes from 0.1 to 0.8.
+With T = 4 the rank correlation with the true KL of pruning one expert goes from 0.3 to 0.5 up to 0.8 (in a last layer,
+from about 0 to 0.7): eval/results/effects.md.
 """
 
 from __future__ import annotations
