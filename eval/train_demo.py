@@ -41,7 +41,7 @@ import eval.experts  # noqa: F401  (registers the "sorted" experts)
 from eval.batches import MIX, Batches, load, prepare
 from eval.cpu_kernels import chunked_cross_entropy
 from eval.demo_configs import demo_config
-from eval.optimizer import build_optimizers
+from eval.muon import build_optimizers
 
 BALANCE = 0.01
 WARM_UP, DECAY_FROM, LONG_FROM = 0.02, 0.4, 0.75

@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from moe_rco import preflight as checks
 from moe_rco.adapters import get_adapter
-from moe_rco.baselines import OutputErrors, output_errors, starting_points
+from moe_rco.baselines import OutputErrors, linear_losses, output_errors, starting_points
 from moe_rco.calib.bank import OptionBank
 from moe_rco.calib.calibrate import Calibrated, calibrate
 from moe_rco.calib.data import TokenPool, heldout_pool, load_tokenizer
@@ -28,7 +28,7 @@ from moe_rco.calib.fisher import fisher_effects
 from moe_rco.calib.measure import Scores, measure
 from moe_rco.calib.objective import AssignedModel
 from moe_rco.calib.runner import Runner
-from moe_rco.calib.search import SEED, Chosen, knapsack, rco
+from moe_rco.calib.search import SEED, Chosen, find, knapsack
 from moe_rco.ckpt.dequantized import read_dequantized
 from moe_rco.ckpt.destination import check_destination, publish
 from moe_rco.ckpt.reader import Checkpoint
@@ -36,7 +36,7 @@ from moe_rco.ckpt.rewrite import rewrite
 from moe_rco.ckpt.state import SavedState
 from moe_rco.ckpt.stock import QUANT_METHOD
 from moe_rco.ckpt.store import Store
-from moe_rco.errors import MoeRcoError
+from moe_rco.errors import MoeRcoError, UserError
 from moe_rco.plan import Plan, costs_digest
 from moe_rco.recipe import Recipe
 from moe_rco.report import Preflight, Reload, Report
@@ -49,6 +49,8 @@ RELOAD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 RELOAD_SEQUENCES = 4
 PROXY_STRIDE = 4
 """Output errors are sums of squares with no noise of draws in them: a part of the calibration text will do."""
+LINEARITY_SEQUENCES = 16
+"""Sequences on which the KL of every expert alone is measured for `search.method: linearity`."""
 MEASURED_LOGITS = 1 << 23
 """Logits computed at once when measuring, of each of the two models."""
 
@@ -157,27 +159,48 @@ def choose(
 ) -> Chosen:
     """Search for the best assignment within a budget; simple methods' assignments take part as candidates.
 
-    For layout stock what layout mixed would start its search from is judged too, for comparison.
+    For layout stock what layout mixed would start its search from is judged too, for comparison. Raises UserError where
+    the recipe's method has nothing that fits.
     """
     table, measured = prepared.model.table, (prepared.calibrated.usage, prepared.errors)
-    candidates = starting_points(table, budget, *measured)
     mixed: dict[str, Assignment] = {}
     if table.layout == "stock":
         free = replace(table, layout="mixed")
         mixed = {SEED: knapsack(prepared.effects, free, budget), **starting_points(free, budget, *measured)}
-    references = (prepared.calibrated.train, prepared.calibrated.kept_out)
-    return rco(
+    return find(
         prepared.model,
         budget,
         prepared.effects,
         prepared.pools,
-        references,
+        (prepared.calibrated.train, prepared.calibrated.kept_out),
         recipe.search,
-        candidates,
+        _candidates(prepared, budget, recipe.search.method, progress),
         progress,
         resume,
         mixed,
     )
+
+
+def _candidates(prepared: Prepared, budget: Budget, method: str, progress: Progress) -> dict[str, Assignment]:
+    """What a method starts from, or has to offer. The Fisher seed is ours: other methods start from the simple ones."""
+    table = prepared.model.table
+    if method == "linearity":
+        pool = prepared.pools[0].every(max(1, len(prepared.pools[0]) // LINEARITY_SEQUENCES))
+        rows = torch.arange(0, len(prepared.pools[0]), max(1, len(prepared.pools[0]) // LINEARITY_SEQUENCES))
+        reference = prepared.calibrated.train.of(rows, prepared.model.runner.device)
+        losses = linear_losses(prepared.model, pool, reference, progress)
+        return {method: knapsack(losses, table, budget)}
+    seed = {SEED: knapsack(prepared.effects, table, budget)}
+    if method == "fisher":
+        return seed
+    points = starting_points(table, budget, prepared.calibrated.usage, prepared.errors)
+    if method in ("uniform", "frequency", "reap", "proxy"):
+        points = {name: found for name, found in points.items() if name.lower().startswith(method)}
+    if method == "rco":
+        points = seed | points
+    if not points:
+        raise UserError(f"search.method: {method} has no assignment that fits the budget with these options")
+    return points
 
 
 def verify(

@@ -120,13 +120,29 @@ class Calibration(_Section):
         return self.sequences * self.sequence_length
 
 
+SearchMethod = Literal[
+    "rco",
+    "fisher",
+    "proxy",
+    "linearity",
+    "uniform",
+    "frequency",
+    "reap",
+    "evolution",
+    "penalty",
+    "lagrangian",
+]
+
+
 class Search(_Section):
     """Steps of the search: `samples` Gumbel samples a step (antithetic pairs), each on `batch` sequences.
 
-    Every `evaluate_every` steps the most probable assignment is judged on the kept-out sequences.
+    Every `evaluate_every` steps the most probable assignment is judged on the kept-out sequences. `method` names what
+    chooses: `rco`, or what it is compared with. `penalty` is the weight of the `penalty` and `lagrangian` methods,
+    relative to the KL they start from.
     """
 
-    method: Literal["rco"] = "rco"
+    method: SearchMethod = "rco"
     steps: int = Field(default=300, ge=0)
     samples: int = Field(default=4, ge=2, multiple_of=2)
     batch: int = Field(default=4, ge=1)
@@ -134,6 +150,7 @@ class Search(_Section):
     tau_start: float = Field(default=1.0, gt=0)
     tau_end: float = Field(default=0.05, gt=0)
     evaluate_every: int = Field(default=10, ge=1)
+    penalty: float = Field(default=10.0, gt=0)
     seed: int = Field(default=0, ge=0, lt=2**63)
 
 
@@ -188,6 +205,15 @@ class Recipe(_Section):
                 ("options",),
                 f"{' and '.join(low)} cannot be served by vLLM's fast CUDA kernels yet; leave out, or "
                 "write 'experimental: true'",
+            )
+        method = self.search.method
+        if method in ("frequency", "reap") and not any(option.is_prune for option in self.options):
+            raise MisplacedError(
+                ("search", "method"), f"{method} prunes experts: 'prune' must be among the options"
+            )
+        if method in ("evolution", "penalty", "lagrangian") and self.layout == "stock":
+            raise MisplacedError(
+                ("search", "method"), f"{method} knows layout mixed only; use rco, or write 'layout: mixed'"
             )
         if self.search.tau_end > self.search.tau_start:
             raise MisplacedError(("search", "tau_end"), "must not be greater than tau_start")

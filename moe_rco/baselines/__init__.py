@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moe_rco.baselines.linearity import linear_losses
 from moe_rco.baselines.proxy import SCALES, OutputErrors, output_errors, proxy
 from moe_rco.baselines.saliency import prune_equally, prune_lowest
 from moe_rco.baselines.uniform import uniform
@@ -11,6 +12,7 @@ from moe_rco.types import Assignment, Budget, CostTable
 __all__ = [
     "SCALES",
     "OutputErrors",
+    "linear_losses",
     "output_errors",
     "proxy",
     "prune_equally",

@@ -1,4 +1,4 @@
-"""The search for an assignment: RCO on the model's own loss, started from the Fisher seed.
+"""The search for an assignment: RCO on the model's own loss, started from the Fisher seed; or a rival's.
 
 Every sample is run as the deployed model. Its gradient estimate is the first-order effect of each move in output space,
 plus the curvature the first order does not see: moving group i from option j to k adds the new option's own error q_ik and,
@@ -8,9 +8,9 @@ because the linear term promises twice what undoing the old one's gives, q_ij.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import numpy as np
 import torch
@@ -18,13 +18,16 @@ import torch
 from moe_rco.calib.data import TokenPool
 from moe_rco.calib.objective import AssignedModel
 from moe_rco.calib.reference import Reference, divergence
-from moe_rco.optim import EqualLayers, FeasibleSet, Knapsack, StepRecord, minimize
+from moe_rco.optim import EqualLayers, FeasibleSet, Knapsack, Method, StepRecord, evolution_steps, solve
+from moe_rco.optim.evolution import GROWTH
 from moe_rco.recipe import Search
 from moe_rco.types import Assignment, Budget, CostTable, Progress
 
 SEED = "fisher seed"
 STRIDE = 2
 START_BONUS = 1.0
+SEARCHES: dict[str, Method] = {method: method for method in get_args(Method)}
+"""The recipe's methods that search on the model's loss."""
 
 
 def feasible(table: CostTable, budget: Budget) -> FeasibleSet:
@@ -69,7 +72,8 @@ class SampledLoss:
         self._calls = 0
 
     def __call__(self, sample: torch.Tensor) -> torch.Tensor:
-        rows = self._rows(self._calls // self._search.samples)
+        batch = min(self._search.batch, len(self._pool))
+        rows = _rows(len(self._pool), batch, self._calls // self._search.samples, self._search.seed)
         self._calls += 1
         choice = sample.detach().argmax(1).numpy()
         target = self._reference.of(rows, self._model.runner.device)
@@ -87,13 +91,6 @@ class SampledLoss:
     def skip(self, steps: int) -> None:
         """Go on as after `steps` steps."""
         self._calls = steps * self._search.samples
-
-    def _rows(self, step: int) -> torch.Tensor:
-        """Rows of the step's batch: the pool in a new random order every epoch."""
-        batch = min(self._search.batch, len(self._pool))
-        epoch, position = divmod(step, len(self._pool) // batch)
-        order = np.random.default_rng((self._search.seed, epoch)).permutation(len(self._pool))
-        return torch.from_numpy(order[position * batch : (position + 1) * batch].copy())
 
 
 class _Estimated(torch.autograd.Function):
@@ -158,7 +155,22 @@ class Chosen:
     mixed: Candidate | None = None
 
 
-def rco(
+def batch_losses(
+    model: AssignedModel, pool: TokenPool, reference: Reference, search: Search
+) -> Callable[[np.ndarray, int, int], float]:
+    """(choice, generation, batches) to the KL on so many batches of a generation, the first ones for fewer."""
+    span = min(GROWTH * search.batch, len(pool))
+
+    def value(choice: np.ndarray, generation: int, batches: int) -> float:
+        rows = _rows(len(pool), span, generation, search.seed)[: batches * search.batch]
+        part = TokenPool(pool.ids[rows], tuple(pool.domains[row] for row in rows))
+        target = reference.of(rows, model.runner.device)
+        return float(model.divergences(Assignment(model.table, choice), part, target).mean())
+
+    return value
+
+
+def find(
     model: AssignedModel,
     budget: Budget,
     q: np.ndarray,
@@ -170,25 +182,27 @@ def rco(
     resume: Resume | None = None,
     mixed: Mapping[str, Assignment] | None = None,
 ) -> Chosen:
-    """The best assignment found on the kept-out sequences, the Fisher seed unless another is clearly better there.
+    """The best assignment found on the kept-out sequences by the recipe's method, which starts from the best candidate.
 
-    The search starts from the best candidate. `mixed` are assignments outside the table's layout, judged on the same
-    text to tell what the layout costs.
+    With `rco` the first candidate stays unless another is clearly better. A method that does not search has its own
+    assignments as candidates. `mixed` are assignments outside the table's layout, judged on the same text to tell what
+    the layout costs.
     """
     table, judge = model.table, KeptOut(model, pools[1], references[1])
-    seed = knapsack(q, table, budget)
-    named = {SEED: seed, **candidates}
-    tried = [Candidate(name, assignment, judge(assignment.choice)) for name, assignment in named.items()]
+    careful = judge.prefers if search.method == "rco" else lambda one, other: one.kl < other.kl
+    tried = [Candidate(name, assignment, judge(assignment.choice)) for name, assignment in candidates.items()]
     best, rival = tried[0], min(tried, key=lambda candidate: candidate.kl)
-    if judge.prefers(rival, best):
+    if careful(rival, best):
         best = rival
     smallest, largest = table.range
     history: tuple[StepRecord, ...] = ()
     # Where the budget leaves no choice there is nothing to relax.
-    if search.steps and smallest < budget.bytes < largest:
+    if search.method in SEARCHES and search.steps and smallest < budget.bytes < largest:
         loss = SampledLoss(model, q, pools[0], references[0], search)
         state = resume.load() if resume else None
-        with progress.stage("search", search.steps) as advance:
+        evolution = search.method == "evolution"
+        steps = evolution_steps(search.steps, search.samples) if evolution else search.steps
+        with progress.stage("search", steps) as advance:
             if state:
                 loss.skip(state["step"])
                 advance(state["step"])
@@ -198,27 +212,34 @@ def rco(
                     resume.save(record.state())
                 advance(1)
 
-            result = minimize(
-                loss,
-                torch.from_numpy(table.costs),
-                budget.bytes,
-                steps=search.steps,
-                samples=search.samples,
-                lr=search.learning_rate,
-                tau=(search.tau_start, search.tau_end),
-                init_logits=start_logits(q, best.assignment),
-                feasible=feasible(table, budget),
-                evaluate=judge,
-                evaluate_every=search.evaluate_every,
-                on_step=on_step,
-                state=state,
-                seed=search.seed,
-            )
-        found = Candidate("rco", Assignment(table, result.choice), result.value)
+            shared: dict[str, Any] = {
+                "feasible": feasible(table, budget), "evaluate": judge, "evaluate_every": search.evaluate_every,
+                "on_step": on_step, "state": state, "seed": search.seed, "samples": search.samples,
+                "steps": search.steps, "floor": table.floor, "layer": table.layer,
+            }  # fmt: skip
+            if evolution:
+                value = batch_losses(model, pools[0], references[0], search)
+                shared |= {"value": value, "start": best.assignment.choice}
+            else:
+                shared |= {"lr": search.learning_rate, "tau": (search.tau_start, search.tau_end)}
+                shared |= {
+                    "init_logits": start_logits(q, best.assignment),
+                    "weight": search.penalty * best.kl,
+                }
+            costs = torch.from_numpy(table.costs)
+            result = solve(costs, budget.bytes, loss, method=SEARCHES[search.method], **shared)
+        found = Candidate(search.method, Assignment(table, result.choice), result.value)
         tried.append(found)
         history = result.history
-        if judge.prefers(found, best):
+        if careful(found, best):
             best = found
     others = [Candidate(name, other, judge(other.choice)) for name, other in (mixed or {}).items()]
     compared = min(others, key=lambda candidate: candidate.kl, default=None)
     return Chosen(best, tuple(sorted(tried, key=lambda candidate: candidate.kl)), history, compared)
+
+
+def _rows(sequences: int, batch: int, step: int, seed: int) -> torch.Tensor:
+    """Rows of a step's batch: the pool in a new random order every epoch."""
+    epoch, position = divmod(step, sequences // batch)
+    order = np.random.default_rng((seed, epoch)).permutation(sequences)
+    return torch.from_numpy(order[position * batch : (position + 1) * batch].copy())

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,14 +19,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_rco.errors import UserError
-from moe_rco.optim.adam import RiemannianAdam
 from moe_rco.optim.feasible import FeasibleSet
 from moe_rco.optim.gumbel import gumbel_noise, straight_through, temperature
 from moe_rco.optim.manifold import BudgetManifold
 from moe_rco.optim.mckp import Knapsack, MCKPSolution
+from moe_rco.optim.relaxation import OnManifold, Penalized, Relaxation
 from moe_rco.optim.trace import Incumbent, StepRecord, pack_history, unpack_history
 
 SEARCH, LINEAR = "search", "linear"
+Constraint = Literal["manifold", "penalty", "lagrangian"]
 _MEMORY = 0.9
 
 
@@ -36,7 +37,8 @@ class SolveResult:
 
     `choice` int64 [N], its evaluated `value` and integer `cost`; `name` of the candidate it came from
     ("search" and "linear" are the optimiser's own); `status` "completed" or "stalled" (stopped by patience);
-    `history`, one record a step; `evaluations`, calls of the loss; the final `logits` [N, K].
+    `history`, one record a step; `evaluations`, calls of the loss; the final `logits` [N, K], empty where
+    the method has none.
     """
 
     choice: NDArray[np.int64]
@@ -47,6 +49,11 @@ class SolveResult:
     evaluations: int
     name: str
     logits: Tensor
+
+    @property
+    def assignment(self) -> NDArray[np.int64]:
+        """`choice` by its other name."""
+        return self.choice
 
 
 def minimize(
@@ -64,6 +71,8 @@ def minimize(
     layer: Any = None,
     allowed: Any = None,
     feasible: FeasibleSet | None = None,
+    constraint: Constraint = "manifold",
+    weight: float = 1.0,
     evaluate: Callable[[NDArray[np.int64]], float] | None = None,
     evaluate_every: int = 0,
     candidates: Mapping[str, Any] | Iterable[tuple[str, Any]] = (),
@@ -88,6 +97,9 @@ def minimize(
         floor, layer, allowed: as in `solve_mckp`; they hold in every sample.
         feasible: what samples and result are taken from, in place of all assignments within the budget and
             those floors; made for the same costs and budget. The relaxation knows the budget only.
+        constraint, weight: "manifold" is this method. With "penalty" the expected cost may miss the budget at
+            a price of `weight` (C / B - 1)^2, with "lagrangian" at a price that is raised until it does not
+            (`Penalized`); samples then keep the floors, only what is evaluated keeps the budget.
         evaluate: value of a choice int64 [N], lower is better, on data that gave no gradients. Without it
             the loss stands in, of every sample too; it must then be deterministic.
         evaluate_every: decode and evaluate every so many steps; 0 only at the end, which always happens.
@@ -106,7 +118,12 @@ def minimize(
     mask = None if allowed is None else torch.as_tensor(allowed, device=costs.device)
     if feasible is None:
         feasible = Knapsack(costs, budget, floor=floor, layer=layer, allowed=mask)
-    run = _Run(loss, costs, budget, mask, feasible, evaluate, margin, lr, betas, seed)
+    manifold = BudgetManifold(costs, float(budget), allowed=mask)
+    relaxation, sampled = OnManifold(manifold, lr, betas), feasible
+    if constraint != "manifold":
+        relaxation = Penalized(manifold, lr, betas, weight, dual=constraint == "lagrangian")
+        sampled = Knapsack(costs, int(costs.sum()), floor=floor, layer=layer, allowed=mask)
+    run = _Run(loss, budget, manifold, relaxation, (sampled, feasible), evaluate, margin, seed)
     if state is None:
         run.start(init_logits, candidates)
     else:
@@ -127,11 +144,20 @@ def minimize(
 class _Run:
     """The state of one minimisation."""
 
-    def __init__(self, loss, costs, budget, mask, feasible: FeasibleSet, evaluate, margin, lr, betas, seed):
+    def __init__(
+        self,
+        loss: Callable[[Tensor], Tensor],
+        budget: int,
+        manifold: BudgetManifold,
+        relaxation: Relaxation,
+        sets: tuple[FeasibleSet, FeasibleSet],
+        evaluate: Callable[[NDArray[np.int64]], float] | None,
+        margin: float,
+        seed: int,
+    ) -> None:
         self.loss, self.evaluate, self.budget = loss, evaluate, budget
-        self.feasible = feasible
-        self.manifold = BudgetManifold(costs, float(budget), allowed=mask)
-        self.adam = RiemannianAdam(self.manifold, lr=lr, betas=betas)
+        self.manifold, self.relaxation = manifold, relaxation
+        self.sampled, self.feasible = sets
         self.generator = torch.Generator().manual_seed(seed)
         self.best = Incumbent(margin)
         self.history: list[StepRecord] = []
@@ -146,7 +172,7 @@ class _Run:
     ) -> None:
         if init_logits is not None:
             self.logits = init_logits.detach().to(self.logits)
-        self.logits = self.manifold.retract(self.logits)
+        self.logits = self.relaxation.start(self.logits)
         for name, choice in dict(candidates).items():
             self._judge(self.feasible.checked(choice, f"candidate {name!r}"), name)
         self.best.misses = 0
@@ -157,15 +183,15 @@ class _Run:
         total = 0.0
         for noise in gumbel_noise((leaf.shape[0], leaf.shape[1]), samples, self.generator):
             noisy = (leaf + noise.to(leaf.device)) / tau
-            self.warm = self.feasible.solve(noisy, warm=self.warm)
+            self.warm = self.sampled.solve(noisy, warm=self.warm)
             sample = straight_through(self._one_hot(self.warm.choice), self.manifold.probabilities(noisy))
             value = self._backward(sample, samples)
             total += value
-            if self.evaluate is None:
+            if self.evaluate is None and self.relaxation.exact:
                 self.best.offer(self.warm.choice, value, SEARCH)
         if leaf.grad is None:
             raise UserError("the loss has no gradient with respect to the sample")
-        self.logits = self.adam.step(self.logits, leaf.grad)
+        self.logits = self.relaxation.step(self.logits, leaf.grad)
         self.step += 1
         value = self.judge_decode(last) if last or (every and self.step % every == 0) else None
         p = self.manifold.probabilities(self.logits)
@@ -182,13 +208,13 @@ class _Run:
         loss, which is the optimum itself when the loss is a sum over groups."""
         choice = self.feasible.solve(torch.log_softmax(self.logits, dim=1)).choice
         value = self._judge(choice, SEARCH)
-        if last and self.step > 0:
+        if last and self.step > 0 and self.relaxation.exact:
             self._judge(self.feasible.solve(-self.slope).choice, LINEAR)
         return value
 
     def state(self) -> dict[str, Any]:
         """Everything needed to continue: tensors, plain numbers and one string."""
-        adam = {f"adam.{name}": value for name, value in self.adam.state_dict().items()}
+        adam = {f"adam.{name}": value for name, value in self.relaxation.state_dict().items()}
         warm = 0.0 if self.warm is None else self.warm.multiplier
         return adam | self.best.state() | {
             "logits": self.logits.clone(), "slope": self.slope.clone(), "step": self.step,
@@ -201,12 +227,12 @@ class _Run:
             raise UserError(f"the state is of another problem: logits {list(state['logits'].shape)}")
         self.logits = state["logits"].clone().to(self.logits.device)
         self.slope = state["slope"].clone().to(self.logits.device)
-        self.adam.load_state_dict({k[5:]: v for k, v in state.items() if k.startswith("adam.")})
+        self.relaxation.load_state_dict({k[5:]: v for k, v in state.items() if k.startswith("adam.")})
         self.best.load(state)
         self.generator.set_state(state["generator"])
         self.step, self.evaluations = int(state["step"]), int(state["evaluations"])
         self.history = unpack_history(state["history"])
-        self.warm = self.feasible.hint(float(state["multiplier"]))
+        self.warm = self.sampled.hint(float(state["multiplier"]))
 
     def result(self, status: str) -> SolveResult:
         choice = self.best.choice

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from moe_rco.calib.fisher import fisher_effects
 from moe_rco.calib.objective import AssignedModel
 from moe_rco.calib.reference import divergence
 from moe_rco.calib.runner import Runner
-from moe_rco.calib.search import SEED, Candidate, KeptOut, SampledLoss, knapsack, rco
+from moe_rco.calib.search import SEARCHES, SEED, Candidate, KeptOut, _rows, batch_losses, find, knapsack
 from moe_rco.ckpt.reader import Checkpoint
 from moe_rco.ckpt.store import Store
 from moe_rco.recipe import Search
@@ -134,12 +134,57 @@ def test_summed_effects_are_the_derivative_of_the_loss(
 
 
 def test_samples_of_a_step_share_a_batch_and_steps_do_not(ready: Calibration) -> None:
-    search = Search(samples=2, batch=4, steps=4)
-    loss = SampledLoss(ready.model, ready.q, ready.pools[0], ready.calibrated.train, search)
-    batches = [loss._rows(step).tolist() for step in range(6)]
+    batches = [_rows(24, 4, step, 0).tolist() for step in range(6)]
     epoch = [row for batch in batches for row in batch]
     assert sorted(epoch) == list(range(24))
-    assert loss._rows(6).tolist() != batches[0]
+    assert _rows(24, 4, 6, 0).tolist() != batches[0]
+    assert _rows(24, 4, 0, 1).tolist() != batches[0]
+
+
+def test_choices_of_a_generation_are_compared_on_the_same_batches(ready: Calibration) -> None:
+    search = Search(samples=2, batch=2, steps=4)
+    value = batch_losses(ready.model, ready.pools[0], ready.calibrated.train, search)
+    table = ready.model.table
+    choice = knapsack(ready.q, table, Budget(int(table.original_bytes * 0.3), "test")).choice
+    rows = _rows(len(ready.pools[0]), 8, 3, search.seed)
+    everything = KeptOut(ready.model, ready.pools[0], ready.calibrated.train).sequences(choice)
+    assert value(choice, 3, 4) == pytest.approx(everything[rows].mean(), rel=1e-4)
+    assert value(choice, 3, 1) == pytest.approx(everything[rows[:2]].mean(), rel=1e-4)
+    assert value(choice, 4, 1) != value(choice, 3, 1)
+
+
+@pytest.mark.parametrize("method", SEARCHES)
+def test_every_search_stays_within_the_budget_and_goes_on_where_it_was(
+    ready: Calibration, method: Any
+) -> None:
+    table = ready.model.table
+    references = (ready.calibrated.train, ready.calibrated.kept_out)
+    budget = Budget(int(table.original_bytes * 0.2), "test")
+    start = {"random": knapsack(np.random.default_rng(0).random(ready.q.shape), table, budget)}
+    settings = Search(method=method, steps=12, samples=2, batch=2, evaluate_every=1)
+
+    class Kept:
+        """Remembers the second snapshot, as if the run had been cut off after it."""
+
+        saved: ClassVar[list[Any]] = []
+
+        def load(self) -> Any:
+            return self.saved[1] if len(self.saved) > 1 else None
+
+        def save(self, values: Any) -> None:
+            self.saved.append(dict(values))
+
+    keep = Kept()
+    keep.saved.clear()
+    whole, resumed = (
+        find(ready.model, budget, ready.q, ready.pools, references, settings, start, Silent(), keep)
+        for _ in range(2)
+    )
+    whole.best.assignment.check(budget)
+    assert {candidate.name for candidate in whole.candidates} == {"random", method}
+    assert whole.best.kl < next(c.kl for c in whole.candidates if c.name == "random")
+    assert whole.history == resumed.history
+    assert np.array_equal(whole.best.assignment.choice, resumed.best.assignment.choice)
 
 
 def test_the_result_is_never_worse_than_a_candidate(ready: Calibration) -> None:
@@ -149,9 +194,10 @@ def test_the_result_is_never_worse_than_a_candidate(ready: Calibration) -> None:
     for ratio in (0.15, 0.3):
         budget = Budget(int(table.original_bytes * ratio), "test")
         random = knapsack(np.random.default_rng(0).random(ready.q.shape), table, budget)
-        chosen = rco(
+        seed = knapsack(ready.q, table, budget)
+        chosen = find(
             ready.model, budget, ready.q, ready.pools, references, Search(steps=3, samples=2, batch=4),
-            {"random": random}, Silent(),
+            {SEED: seed, "random": random}, Silent(),
         )  # fmt: skip
         chosen.best.assignment.check(budget)
         assert {candidate.name for candidate in chosen.candidates} == {SEED, "random", "rco"}
@@ -167,7 +213,8 @@ def test_where_the_budget_leaves_no_choice_there_is_no_search(ready: Calibration
     table = ready.model.table
     references = (ready.calibrated.train, ready.calibrated.kept_out)
     budget = Budget(table.original_bytes, "everything")
-    chosen = rco(ready.model, budget, ready.q, ready.pools, references, Search(), {}, Silent())
+    seed = {SEED: knapsack(ready.q, table, budget)}
+    chosen = find(ready.model, budget, ready.q, ready.pools, references, Search(), seed, Silent())
     assert chosen.best.kl == pytest.approx(0, abs=1e-5)
     assert not chosen.history
 
@@ -193,9 +240,9 @@ def test_the_stock_layout_holds_from_the_seed_to_the_result(
     monkeypatch.setattr(ready.model, "effects", watched)
     others = {"free": free, "worse": Assignment.uniform(mixed, Option.parse("prune"))}
     others["worse"].choice[:] = knapsack(-ready.q, mixed, budget).choice
-    chosen = rco(
+    chosen = find(
         ready.model, budget, ready.q, ready.pools, references, Search(steps=3, samples=2, batch=4),
-        {}, Silent(), mixed=others,
+        {SEED: seed}, Silent(), mixed=others,
     )  # fmt: skip
     assert len(sampled) == 3 * 2
     for choice in (*sampled, seed.choice, *(candidate.assignment.choice for candidate in chosen.candidates)):
