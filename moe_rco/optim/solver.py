@@ -23,10 +23,11 @@ from moe_rco.optim.feasible import FeasibleSet
 from moe_rco.optim.gumbel import gumbel_noise, straight_through, temperature
 from moe_rco.optim.manifold import BudgetManifold
 from moe_rco.optim.mckp import Knapsack, MCKPSolution
+from moe_rco.optim.refine import refine as local_search
 from moe_rco.optim.relaxation import OnManifold, Penalized, Relaxation
 from moe_rco.optim.trace import Incumbent, StepRecord, pack_history, unpack_history
 
-SEARCH, LINEAR = "search", "linear"
+SEARCH, LINEAR, SWAPS = "search", "linear", "swaps"
 Constraint = Literal["manifold", "penalty", "lagrangian"]
 _MEMORY = 0.9
 
@@ -36,7 +37,7 @@ class SolveResult:
     """The best assignment seen.
 
     `choice` int64 [N], its evaluated `value` and integer `cost`; `name` of the candidate it came from
-    ("search" and "linear" are the optimiser's own); `status` "completed" or "stalled" (stopped by patience);
+    ("search", "linear" and "swaps" are the optimiser's own); `status` "completed" or "stalled" (stopped by patience);
     `history`, one record a step; `evaluations`, calls of the loss; the final `logits` [N, K], empty where
     the method has none.
     """
@@ -58,7 +59,7 @@ class SolveResult:
 
 def minimize(
     loss: Callable[[Tensor], Tensor],
-    costs: Tensor,
+    costs: Any,
     budget: int,
     *,
     steps: int = 300,
@@ -76,6 +77,7 @@ def minimize(
     evaluate: Callable[[NDArray[np.int64]], float] | None = None,
     evaluate_every: int = 0,
     candidates: Mapping[str, Any] | Iterable[tuple[str, Any]] = (),
+    refine: int | None = None,
     margin: float = 0.0,
     patience: int | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
@@ -87,7 +89,7 @@ def minimize(
     Args:
         loss: maps a straight-through one-hot tensor float64 [N, K] to a scalar tensor. How it makes gradients
             with respect to that tensor (autograd or an estimator of its own) is its business.
-        costs: integers [N, K]; `logits` and samples live on its device.
+        costs: integers [N, K], numpy or torch; `logits` and samples live on its device.
         budget: integer. The expected cost equals it throughout, so it must lie between the cheapest and the
             dearest assignment; samples and result never cost more.
         steps, samples, lr, betas, tau: optimiser steps, antithetic samples a step, Adam's rate and decays,
@@ -104,6 +106,8 @@ def minimize(
             the loss stands in, of every sample too; it must then be deterministic.
         evaluate_every: decode and evaluate every so many steps; 0 only at the end, which always happens.
         candidates: named choices evaluated first; the result is never worse than any of them.
+        refine: calls of the loss that a local search by exact swaps may take in the end (`refine.refine`); as many
+            as there were samples when left out. None where `evaluate` is given: swaps would learn its data by heart.
         margin: how much lower than the best so far a value must be to replace it.
         patience: stop after this many evaluations in a row without a new best.
         on_step: called after every step; `record.state()` is a snapshot to continue from.
@@ -138,6 +142,8 @@ def minimize(
             break
     if run.step == 0:
         run.judge_decode(last=True)
+    elif evaluate is None and run.relaxation.exact:
+        run.refine(run.step * samples if refine is None else refine, seed)
     return run.result(status)
 
 
@@ -211,6 +217,17 @@ class _Run:
         if last and self.step > 0 and self.relaxation.exact:
             self._judge(self.feasible.solve(-self.slope).choice, LINEAR)
         return value
+
+    def refine(self, evaluations: int, seed: int) -> None:
+        """Improve the best assignment by exact swaps."""
+        if self.best.choice is None:
+            return
+        options, counted = self.logits.shape[1], self.evaluations
+        choice, value = local_search(
+            self._value, self.feasible, options, self.best.choice, self.best.value, evaluations=evaluations, seed=seed
+        )  # fmt: skip
+        self.evaluations = counted + evaluations
+        self.best.offer(choice, value, SWAPS)
 
     def state(self) -> dict[str, Any]:
         """Everything needed to continue: tensors, plain numbers and one string."""

@@ -138,7 +138,9 @@ def test_every_sample_of_a_search_is_in_the_set() -> None:
         samples.append(exact.checked(sample.detach().argmax(1).numpy(), "sample"))
         return -(sample * torch.from_numpy(problem.values)).sum()
 
-    result = minimize(loss, torch.from_numpy(problem.costs), problem.budget, steps=30, feasible=exact)
+    result = minimize(
+        loss, torch.from_numpy(problem.costs), problem.budget, steps=30, feasible=exact, refine=0
+    )
     assert len(samples) == result.evaluations == 30 * 4 + 2
     assert len({sample.tobytes() for sample in samples}) > 30
     assert result.value == pytest.approx(-exact.solve(problem.values).value, rel=1e-12)

@@ -83,7 +83,7 @@ def test_an_unknown_method_is_named() -> None:
 
 def test_evolution_takes_as_many_passes_as_the_others() -> None:
     assert evolution_steps(60, 2) * passes(4) <= 60 * 2 * 3 < (evolution_steps(60, 2) + 1) * passes(4)
-    assert run("evolution").evaluations == 60 * 2 * 3 // OFFSPRING * OFFSPRING
+    assert run("evolution").evaluations == 60 * 2 * 4 // OFFSPRING * OFFSPRING
 
 
 def test_evolution_compares_a_generation_on_the_same_batches() -> None:

@@ -107,7 +107,7 @@ def test_every_sample_and_every_iterate_keeps_the_constraints():
     )
     assert max(record.budget_error for record in result.history) <= 1e-12
     assert len(result.history) == 20
-    assert result.evaluations == 20 * 3 + 2
+    assert result.evaluations == 20 * 3 + 2 + 20 * 3  # the swaps
 
 
 def test_never_worse_than_its_candidates():
