@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import shlex
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,12 +27,12 @@ import torch
 from eval.prepared import MODELS, Subject, inputs_of, recipe_of, subject
 from eval.quality_table import render
 from eval.results_file import Results
-from eval.rivals import FISHER, PROXY, RCO, UNIFORM, Methods, Variants
+from eval.rivals import FISHER, LINEARITY, PROXY, RCO, SEARCHES, UNIFORM, Methods, Variants
 from moe_rco.calib.measure import LogitsOf, Scores, measure
 from moe_rco.types import Assignment, Budget, Silent
 
 SCORED = [f"{score} + {label}" for score in ("frequency", "REAP") for label in ("bf16", "int4", "best width")]
-METHODS = (UNIFORM, *SCORED, PROXY, FISHER, RCO)
+METHODS = (UNIFORM, *SCORED, PROXY, LINEARITY, *SEARCHES, FISHER, RCO)
 
 
 class Judge:
@@ -136,7 +138,8 @@ def main() -> None:
         inputs = inputs_of(recipe_of(name, seed, arguments.settings))
         keys = itertools.product([name], arguments.ratios, [seed], METHODS)
         records += [record for key in keys if (record := results.get(key, inputs))]
-    table = render(records, METHODS)
+    command = shlex.join(["python", "-m", "eval.quality", *sys.argv[1:]])
+    table = render(records, METHODS, command)
     arguments.output.write_text(table, encoding="utf-8")
     print(table)
 

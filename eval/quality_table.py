@@ -11,17 +11,22 @@ from eval.rivals import FISHER, RCO
 Records = Sequence[dict[str, Any]]
 
 
-def render(records: Records, methods: Sequence[str]) -> str:
+def render(records: Records, methods: Sequence[str], command: str) -> str:
     """One table per model and ratio, after a summary of them all."""
     cases = list(dict.fromkeys((record["model"], record["ratio"]) for record in records))
-    parts = ["# Held-out KL at equal bytes\n", _INTRODUCTION, *_summary(records, cases, methods)]
+    parts = [
+        "# Held-out KL at equal bytes\n",
+        f"Made by `{command}`.\n",
+        _INTRODUCTION,
+        *_summary(records, cases, methods),
+    ]
     for case in cases:
         tried = {record["method"] for record in records if (record["model"], record["ratio"]) == case}
         parts += _case(_of(records, case), *case, [method for method in methods if method in tried])
     return "\n".join(parts) + "\n"
 
 
-_INTRODUCTION = """Made by `python -m eval.quality`. KL(original || compressed) in nats per token, whole
+_INTRODUCTION = """KL(original || compressed) in nats per token, whole
 vocabulary, shipped held-out text of all domains: mean over seeds +- standard deviation. A rival is the best
 of its variants *on the held-out text*. Every method of one (model, seed) chooses among the same GPTQ weights.
 """

@@ -13,13 +13,18 @@ from eval.prepared import Lines, Subject
 from moe_rco.baselines import SCALES, OutputErrors, output_errors, proxy, prune_lowest, uniform
 from moe_rco.calib.search import knapsack
 from moe_rco.pipeline import choose
-from moe_rco.recipe import Recipe
+from moe_rco.recipe import Recipe, SearchMethod
 from moe_rco.types import Assignment, Budget, Option
 
 Variants = Mapping[str, Assignment]
 
 UNIFORM = "uniform"
 PROXY = "proxy + knapsack"
+LINEARITY = "linearity + knapsack"
+SEARCHES = ("evolution", "penalty", "lagrangian")
+"""They start from the simple methods' best assignment, and take as many passes as RCO."""
+WEIGHTS = (1.0, 10.0, 100.0)
+"""Of the penalty and lagrangian methods, each a full search."""
 FISHER = "Fisher seed"
 RCO = "RCO"
 
@@ -49,8 +54,12 @@ class Methods:
             for label, options in (("bf16", full), ("int4", four), ("best width", quantized)):
                 methods[f"{score} + {label}"] = lambda s=score, o=options: self._pruned(budget, s, o)
         methods[PROXY] = lambda: self._proxy(budget)
+        methods[LINEARITY] = lambda: self._chosen(budget, recipe, "linearity")
+        methods["evolution"] = lambda: self._chosen(budget, recipe, "evolution")
+        for method in ("penalty", "lagrangian"):
+            methods[method] = lambda m=method: self._weighted(budget, recipe, m)
         methods[FISHER] = lambda: {"": knapsack(self._subject.prepared.effects, self._table, budget)}
-        methods[RCO] = lambda: self._rco(budget, recipe)
+        methods[RCO] = lambda: self._chosen(budget, recipe, "rco")
         return methods
 
     def _uniform(self, budget: Budget) -> Variants:
@@ -70,6 +79,15 @@ class Methods:
     def _proxy(self, budget: Budget) -> Variants:
         return {scale: proxy(self._table, budget, self._errors, scale) for scale in SCALES}
 
-    def _rco(self, budget: Budget, recipe: Recipe) -> Variants:
-        chosen = choose(self._subject.prepared, budget, recipe, Lines())
-        return {f"from {chosen.best.name}": chosen.best.assignment}
+    def _chosen(self, budget: Budget, recipe: Recipe, method: SearchMethod, **settings: float) -> Variants:
+        search = recipe.search.model_copy(update={"method": method, **settings})
+        recipe = recipe.model_copy(update={"search": search})
+        best = choose(self._subject.prepared, budget, recipe, Lines()).best
+        return {f"from {best.name}": best.assignment}
+
+    def _weighted(self, budget: Budget, recipe: Recipe, method: SearchMethod) -> Variants:
+        found: dict[str, Assignment] = {}
+        for weight in WEIGHTS:
+            for name, assignment in self._chosen(budget, recipe, method, penalty=weight).items():
+                found[f"{name}, weight {weight:g}"] = assignment
+        return found

@@ -20,7 +20,14 @@ from transformers.utils import logging as transformers_logging
 
 from moe_rco import preflight as checks
 from moe_rco.adapters import get_adapter
-from moe_rco.baselines import OutputErrors, linear_losses, output_errors, starting_points
+from moe_rco.baselines import (
+    SIMPLE,
+    OutputErrors,
+    linear_losses,
+    output_errors,
+    simple_assignments,
+    starting_points,
+)
 from moe_rco.calib.bank import OptionBank
 from moe_rco.calib.calibrate import Calibrated, calibrate
 from moe_rco.calib.data import TokenPool, heldout_pool, load_tokenizer
@@ -36,7 +43,7 @@ from moe_rco.ckpt.rewrite import rewrite
 from moe_rco.ckpt.state import SavedState
 from moe_rco.ckpt.stock import QUANT_METHOD
 from moe_rco.ckpt.store import Store
-from moe_rco.errors import MoeRcoError, UserError
+from moe_rco.errors import MoeRcoError
 from moe_rco.plan import Plan, costs_digest
 from moe_rco.recipe import Recipe
 from moe_rco.report import Preflight, Reload, Report
@@ -159,8 +166,7 @@ def choose(
 ) -> Chosen:
     """Search for the best assignment within a budget; simple methods' assignments take part as candidates.
 
-    For layout stock what layout mixed would start its search from is judged too, for comparison. Raises UserError where
-    the recipe's method has nothing that fits.
+    For layout stock what layout mixed would start its search from is judged too, for comparison.
     """
     table, measured = prepared.model.table, (prepared.calibrated.usage, prepared.errors)
     mixed: dict[str, Assignment] = {}
@@ -193,14 +199,11 @@ def _candidates(prepared: Prepared, budget: Budget, method: str, progress: Progr
     seed = {SEED: knapsack(prepared.effects, table, budget)}
     if method == "fisher":
         return seed
-    points = starting_points(table, budget, prepared.calibrated.usage, prepared.errors)
-    if method in ("uniform", "frequency", "reap", "proxy"):
-        points = {name: found for name, found in points.items() if name.lower().startswith(method)}
-    if method == "rco":
-        points = seed | points
-    if not points:
-        raise UserError(f"search.method: {method} has no assignment that fits the budget with these options")
-    return points
+    measured = (prepared.calibrated.usage, prepared.errors)
+    if method in SIMPLE:
+        return simple_assignments(method, table, budget, *measured)
+    points = starting_points(table, budget, *measured)
+    return seed | points if method == "rco" else points
 
 
 def verify(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from moe_rco.adapters import Adapter, get_adapter
+from moe_rco.baselines import check_method
 from moe_rco.calib.data import TokenPool, check_sources, load_tokenizer, make_pools
 from moe_rco.calib.reference import TOP
 from moe_rco.ckpt.destination import check_destination
@@ -53,7 +54,9 @@ def size(recipe: Recipe) -> Sized:
     original = sum(group.numel for group in groups) * _SOURCE_BYTES[dtype]
     table = cost_table(groups, recipe.options, adapter.top_k(config), original)
     table = replace(table, layout=recipe.layout)
-    return Sized(recipe, config, adapter, table, recipe.budget.resolve(table))
+    budget = recipe.budget.resolve(table)
+    check_method(recipe.search.method, table, budget)
+    return Sized(recipe, config, adapter, table, budget)
 
 
 def resolve_device(recipe: Recipe) -> torch.device:

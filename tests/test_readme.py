@@ -117,3 +117,4 @@ def test_python_block_runs(
     printed = capsys.readouterr().out
     assert "bytes, KL 0." in printed
     assert "Question: What is 47 + 38?" in printed
+    assert "of 600000 bytes" in printed

@@ -121,6 +121,17 @@ REFUSED = [
     ("output:", "search: {steps: 2.0}\noutput:", ["search.steps: must be a valid integer, not 2.0"]),
     ("output:", "search:\n  steps: 3\n  seed: -1\noutput:", ["r.yaml:9: search.seed: must be greater"]),
     ("output:", "search: {tau_end: 2}\noutput:", ["r.yaml:7: search.tau_end: must not be greater than"]),
+    ("output:", "search: {method: evolutoin}\noutput:", ["r.yaml:7: search.method", "did you mean"]),
+    (
+        "output:",
+        "search: {method: evolution}\nlayout: stock\noutput:",
+        ["r.yaml:7: search.method: evolution knows layout mixed only"],
+    ),
+    (
+        "[prune, int4-g64, int8-g64, bf16]",
+        "[int4-g64, bf16]\nsearch: {method: reap}",
+        ["search.method: reap prunes experts: 'prune' must be among the options"],
+    ),
     ("output:", "search: 7\noutput:", ["r.yaml:7: search: must be a mapping of keys to values, not 7"]),
     ("output:", "experimental: yes\noutput:", ["r.yaml:7: experimental: must be a valid boolean, not 'yes'"]),
     ("  data: demo", "  data: []", ["r.yaml:6: calibration.data: must not be empty"]),

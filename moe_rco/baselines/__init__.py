@@ -2,24 +2,55 @@
 
 from __future__ import annotations
 
+import numpy as np
+import torch
+
 from moe_rco.baselines.linearity import linear_losses
 from moe_rco.baselines.proxy import SCALES, OutputErrors, output_errors, proxy
 from moe_rco.baselines.saliency import prune_equally, prune_lowest
 from moe_rco.baselines.uniform import uniform
 from moe_rco.calib.calibrate import Usage
+from moe_rco.errors import UserError
 from moe_rco.types import Assignment, Budget, CostTable
 
 __all__ = [
     "SCALES",
+    "SIMPLE",
     "OutputErrors",
+    "check_method",
     "linear_losses",
     "output_errors",
     "proxy",
     "prune_equally",
     "prune_lowest",
+    "simple_assignments",
     "starting_points",
     "uniform",
 ]
+
+
+SIMPLE = ("uniform", "frequency", "reap", "proxy")
+
+
+def simple_assignments(
+    method: str, table: CostTable, budget: Budget, usage: Usage, errors: OutputErrors
+) -> dict[str, Assignment]:
+    """What one of the methods `SIMPLE` has to offer, by name. Raises UserError where nothing of its kind fits."""
+    points = starting_points(table, budget, usage, errors)
+    found = {name: assignment for name, assignment in points.items() if name.lower().startswith(method)}
+    if not found:
+        raise UserError(f"search.method: {method} has no assignment that uses this budget with these options")
+    return found
+
+
+def check_method(method: str, table: CostTable, budget: Budget) -> None:
+    """Raise UserError where a method will have nothing to offer, whatever is measured."""
+    if method in SIMPLE:
+        same = {layer: torch.ones(len(table.rows(layer))) for layer in table.layers}
+        ones = np.ones(len(table.groups))
+        simple_assignments(
+            method, table, budget, Usage(same, same), OutputErrors(np.ones(table.costs.shape), ones, ones)
+        )
 
 
 def starting_points(
