@@ -47,7 +47,7 @@ calibration:
   holdout: 0.1            # fraction never used for gradients: it chooses the best candidate
 
 search:
-  method: rco
+  method: rco             # or what it is compared with: evolution, penalty, fisher, proxy, reap ...
   steps: 300
   samples: 4              # assignments tried per step, in pairs
   batch: 4                # sequences per sample

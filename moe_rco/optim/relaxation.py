@@ -50,8 +50,8 @@ class OnManifold:
 class Penalized:
     """Plain Adam on the loss plus a price for missing the budget by e = C / B - 1.
 
-    With `dual` False the price is `weight` e^2. With `dual` True it is m e, the multiplier m going up by
-    `weight` e / 10 every step (dual ascent), so that its speed does not depend on the unit of the costs.
+    The price is `weight` e^2, and with `dual` the augmented Lagrangian's m e besides, the multiplier m going up by
+    `weight` e / 10 every step (dual ascent); without the first term it swings around the budget.
     """
 
     exact = False
@@ -71,7 +71,7 @@ class Penalized:
         missed = float(self._manifold.expected_cost(logits)) / budget - 1
         if self._dual:
             self._multiplier += self._weight / 10 * missed
-        price = self._multiplier if self._dual else 2 * self._weight * missed
+        price = self._multiplier + 2 * self._weight * missed
         return self._adam.step(logits, gradient + price / budget * self._manifold.normal(logits))
 
     def state_dict(self) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def minimize(
         feasible: what samples and result are taken from, in place of all assignments within the budget and
             those floors; made for the same costs and budget. The relaxation knows the budget only.
         constraint, weight: "manifold" is this method. With "penalty" the expected cost may miss the budget at
-            a price of `weight` (C / B - 1)^2, with "lagrangian" at a price that is raised until it does not
+            a price of `weight` (C / B - 1)^2, with "lagrangian" at that and a multiplier, raised until it does not
             (`Penalized`); samples then keep the floors, only what is evaluated keeps the budget.
         evaluate: value of a choice int64 [N], lower is better, on data that gave no gradients. Without it
             the loss stands in, of every sample too; it must then be deterministic.
