@@ -22,7 +22,8 @@ UNIFORM = "uniform"
 PROXY = "proxy + knapsack"
 LINEARITY = "linearity + knapsack"
 SEARCHES = ("evolution", "penalty", "lagrangian")
-"""They start from the simple methods' best assignment, and take as many passes as RCO."""
+"""They start from the simple methods' best assignment, and take as many passes as RCO. The initial logits and the
+gradients of penalty and lagrangian use the Fisher estimate, as RCO's do: what differs is how the budget is kept."""
 WEIGHTS = (1.0, 10.0, 100.0)
 """Of the penalty and lagrangian methods, each a full search."""
 FISHER = "Fisher seed"

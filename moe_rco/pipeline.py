@@ -191,10 +191,9 @@ def _candidates(prepared: Prepared, budget: Budget, method: str, progress: Progr
     """What a method starts from, or has to offer. The Fisher seed is ours: other methods start from the simple ones."""
     table = prepared.model.table
     if method == "linearity":
-        pool = prepared.pools[0].every(max(1, len(prepared.pools[0]) // LINEARITY_SEQUENCES))
-        rows = torch.arange(0, len(prepared.pools[0]), max(1, len(prepared.pools[0]) // LINEARITY_SEQUENCES))
-        reference = prepared.calibrated.train.of(rows, prepared.model.runner.device)
-        losses = linear_losses(prepared.model, pool, reference, progress)
+        stride = max(1, len(prepared.pools[0]) // LINEARITY_SEQUENCES)
+        reference = prepared.calibrated.train.of(slice(None, None, stride), prepared.model.runner.device)
+        losses = linear_losses(prepared.model, prepared.pools[0].every(stride), reference, progress)
         return {method: knapsack(losses, table, budget)}
     seed = {SEED: knapsack(prepared.effects, table, budget)}
     if method == "fisher":

@@ -107,7 +107,8 @@ def minimize(
         evaluate_every: decode and evaluate every so many steps; 0 only at the end, which always happens.
         candidates: named choices evaluated first; the result is never worse than any of them.
         refine: calls of the loss that a local search by exact swaps may take in the end (`refine.refine`); as many
-            as there were samples when left out. None where `evaluate` is given: swaps would learn its data by heart.
+            as there were samples when left out. There are no swaps where `evaluate` is given: they would learn its
+            data by heart.
         margin: how much lower than the best so far a value must be to replace it.
         patience: stop after this many evaluations in a row without a new best.
         on_step: called after every step; `record.state()` is a snapshot to continue from.
@@ -222,11 +223,10 @@ class _Run:
         """Improve the best assignment by exact swaps."""
         if self.best.choice is None:
             return
-        options, counted = self.logits.shape[1], self.evaluations
         choice, value = local_search(
-            self._value, self.feasible, options, self.best.choice, self.best.value, evaluations=evaluations, seed=seed
+            self._value, self.feasible, self.logits.shape[1], self.best.choice, self.best.value,
+            evaluations=evaluations, seed=seed,
         )  # fmt: skip
-        self.evaluations = counted + evaluations
         self.best.offer(choice, value, SWAPS)
 
     def state(self) -> dict[str, Any]:
