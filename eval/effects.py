@@ -21,8 +21,8 @@ from eval.prepared import MODELS, Lines, Subject, recipe_of, subject
 from moe_rco.baselines import output_errors
 from moe_rco.calib.data import TokenPool
 from moe_rco.calib.fisher import log_likelihood_of_samples
+from moe_rco.calib.losses import KeptOut
 from moe_rco.calib.reference import Reference
-from moe_rco.calib.search import KeptOut
 
 TEMPERATURES = (1.0, 1.5, 2.0, 4.0, 8.0)
 STRIDE = 4

@@ -2,7 +2,7 @@
 
     python -m eval.quality
     python -m eval.quality --models demo --ratios 0.25 --seeds 0
-    python -m eval.quality --set calibration.sequences=64 --set search.steps=4 --output out/small.md
+    python -m eval.quality --set calibration.sequences=64 --set search.steps=4 --set search.refine=4 --output out/small.md
 
 All methods choose among the same GPTQ weights of one (model, seed). The seed decides the split of the
 calibration text, the Fisher draws and the search's noise. KL(original || compressed) is over the whole

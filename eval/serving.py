@@ -59,7 +59,7 @@ def compressed(model: str, which: str) -> dict[str, Path]:
     for name, settings in VARIANTS[which].items():
         output = WORK / Path(model).name / "".join(char for char in name if char.isalnum())
         if not output.exists():
-            common = [f"model={model}", "search.steps=0", f"output={output}"]
+            common = [f"model={model}", "search.steps=0", "search.refine=0", f"output={output}"]
             prune(load_recipe("demo", [*common, *settings]))
         found[name] = output
     return found

@@ -22,7 +22,8 @@ import torch
 
 from eval.plain_pass import Pass, our_runner, our_runner_frozen, transformers_model
 from eval.prepared import MODELS, Subject, recipe_of, subject
-from moe_rco.calib.search import SampledLoss, knapsack, start_logits
+from moe_rco.calib.losses import SampledLoss
+from moe_rco.calib.search import knapsack, start_logits
 from moe_rco.optim import StepRecord, minimize
 from moe_rco.recipe import Recipe
 

@@ -131,7 +131,8 @@ def show_preflight(preflight: Preflight, console: Console | None = None) -> None
     table.add_row(
         "calibration", f"{p.sequences:,} sequences ({p.holdout_sequences:,} held out), {p.tokens:,} tokens"
     )
-    table.add_row("search", f"{p.search_method}: {p.search_steps} steps of {p.search_samples} samples")
+    races = f", then races for as long as {p.search_races} steps" if p.search_races else ""
+    table.add_row("search", f"{p.search_method}: {p.search_steps} steps of {p.search_samples} samples{races}")
     table.add_row("memory", f"about {format_size(p.memory)}")
     table.add_row("disk", f"{format_size(p.disk_needed)} needed, {format_size(p.disk_free)} free")
     table.add_row("output", p.output)

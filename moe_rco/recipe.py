@@ -137,13 +137,15 @@ SearchMethod = Literal[
 class Search(_Section):
     """Steps of the search: `samples` Gumbel samples a step (antithetic pairs), each on `batch` sequences.
 
-    Every `evaluate_every` steps the most probable assignment is judged on the kept-out sequences. `method` names what
+    Every `evaluate_every` steps the most probable assignment is judged on the kept-out sequences. Then `rco` refines the
+    best one by races, for as long as `refine` steps take; other searches take so many steps more. `method` names what
     chooses: `rco`, or what it is compared with. `penalty` is the weight of the `penalty` and `lagrangian` methods,
     relative to the KL they start from.
     """
 
     method: SearchMethod = "rco"
     steps: int = Field(default=300, ge=0)
+    refine: int = Field(default=300, ge=0)
     samples: int = Field(default=4, ge=2, multiple_of=2)
     batch: int = Field(default=4, ge=1)
     learning_rate: float = Field(default=0.1, gt=0)
@@ -152,6 +154,16 @@ class Search(_Section):
     evaluate_every: int = Field(default=10, ge=1)
     penalty: float = Field(default=10.0, gt=0)
     seed: int = Field(default=0, ge=0, lt=2**63)
+
+    @property
+    def races(self) -> int:
+        """How long races refine what the search found, in steps."""
+        return self.refine if self.method == "rco" else 0
+
+    @property
+    def search_steps(self) -> int:
+        """Steps of the search itself: a method without races takes all."""
+        return self.steps + self.refine - self.races
 
 
 class Execution(_Section):

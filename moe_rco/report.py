@@ -89,7 +89,8 @@ class Reload(_Part):
 
 
 class SearchStep(_Part):
-    """One line of the search's history; `kl` is the step's mean loss over its samples, in nats per token."""
+    """One line of the search's history; `kl` in nats per token is the mean of the step's samples, of a race the loss of
+    the better assignment where it has been run."""
 
     step: int
     kl: float
@@ -280,6 +281,7 @@ class Preflight(_Part):
     holdout_sequences: int
     search_method: str
     search_steps: int
+    search_races: int
     search_samples: int
     output: str
     disk_needed: int

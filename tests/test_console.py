@@ -131,6 +131,7 @@ def preflight(**changes: object) -> Preflight:
         "holdout_sequences": 128,
         "search_method": "rco",
         "search_steps": 60,
+        "search_races": 0,
         "search_samples": 4,
         "output": "out/demo",
         "disk_needed": 2**24,

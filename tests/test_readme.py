@@ -72,7 +72,9 @@ def test_recipes_are_valid(block: str) -> None:
 def test_commands_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the demo model in the place of the large one, and little text."""
     monkeypatch.chdir(tmp_path)
-    little = [part for setting in (*SMALL, "search.steps=0") for part in ("--set", setting)]
+    little = [
+        part for setting in (*SMALL, "search.steps=0", "search.refine=0") for part in ("--set", setting)
+    ]
     demo = [
         "--set",
         "model=demo",

@@ -1,31 +1,38 @@
-"""The search for an assignment: RCO on the model's own loss, started from the Fisher seed; or a rival's.
-
-Every sample is run as the deployed model. Its gradient estimate is the first-order effect of each move in output space,
-plus the curvature the first order does not see: moving group i from option j to k adds the new option's own error q_ik and,
-because the linear term promises twice what undoing the old one's gives, q_ij.
-"""
+"""The search for an assignment: RCO on the model's own loss, refined by races; or a rival's."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, get_args
 
 import numpy as np
 import torch
 
 from moe_rco.calib.data import TokenPool
+from moe_rco.calib.losses import KeptOut, SampledLoss, batch_losses, row_losses
 from moe_rco.calib.objective import AssignedModel
-from moe_rco.calib.reference import Reference, divergence
-from moe_rco.optim import EqualLayers, FeasibleSet, Knapsack, Method, StepRecord, evolution_steps, solve
-from moe_rco.optim.evolution import GROWTH
+from moe_rco.calib.reference import Reference
+from moe_rco.optim import (
+    EqualLayers,
+    FeasibleSet,
+    Knapsack,
+    Method,
+    SolveResult,
+    StepRecord,
+    evolution_steps,
+    refine,
+    solve,
+)
+from moe_rco.optim.solve import BACKWARD
+from moe_rco.optim.trace import pack_history, unpack_history
 from moe_rco.recipe import Search
 from moe_rco.types import Assignment, Budget, CostTable, Progress
 
-SEED = "fisher seed"
-STRIDE = 2
+SEED, REFINED = "fisher seed", "rco, refined"
 START_BONUS = 1.0
+DOUBT, DOUBT_OF_PRUNING = 0.25, 0.5
+"""Standard error of the Fisher estimate of an option, as a part of it; the races find by how much that is off."""
 SEARCHES: dict[str, Method] = {method: method for method in get_args(Method)}
 """The recipe's methods that search on the model's loss."""
 
@@ -61,78 +68,6 @@ class Resume(Protocol):
     def save(self, values: Mapping[str, Any]) -> None: ...
 
 
-class SampledLoss:
-    """Maps a straight-through sample [N, K] to the KL on a fresh batch; every step uses one batch for all its samples."""
-
-    def __init__(
-        self, model: AssignedModel, q: np.ndarray, pool: TokenPool, reference: Reference, search: Search
-    ) -> None:
-        self._model, self._q, self._pool, self._reference = model, q, pool, reference
-        self._search = search
-        self._calls = 0
-
-    def __call__(self, sample: torch.Tensor) -> torch.Tensor:
-        batch = min(self._search.batch, len(self._pool))
-        rows = _rows(len(self._pool), batch, self._calls // self._search.samples, self._search.seed)
-        self._calls += 1
-        choice = sample.detach().argmax(1).numpy()
-        target = self._reference.of(rows, self._model.runner.device)
-
-        def loss(row: int, logits: torch.Tensor) -> torch.Tensor:
-            return divergence(target.row(row), logits).sum()
-
-        ids = self._pool.ids[rows]
-        total, effects = self._model.effects(choice, ids, loss, stride=STRIDE)
-        groups = np.arange(len(choice))
-        gradient = effects.linear + self._q + self._q[groups, choice][:, None]
-        gradient[groups, choice] = 0.0
-        return _Estimated.apply(sample, total / ids.numel(), torch.from_numpy(gradient))  # pyright: ignore[reportReturnType]
-
-    def skip(self, steps: int) -> None:
-        """Go on as after `steps` steps."""
-        self._calls = steps * self._search.samples
-
-
-class _Estimated(torch.autograd.Function):
-    """A loss with a gradient that was estimated beside it."""
-
-    @staticmethod
-    def forward(ctx: Any, sample: torch.Tensor, value: float, gradient: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(gradient)
-        return sample.new_tensor(value)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return grads[0] * ctx.saved_tensors[0], None, None
-
-
-class KeptOut:
-    """Judges discrete assignments by KL on the kept-out sequences; each is run once."""
-
-    def __init__(self, model: AssignedModel, pool: TokenPool, reference: Reference) -> None:
-        self._model, self._pool, self._reference = model, pool, reference
-        self._known: dict[bytes, np.ndarray] = {}
-
-    def sequences(self, choice: np.ndarray) -> np.ndarray:
-        """KL of each kept-out sequence, float64 [n]."""
-        key = choice.astype(np.int64).tobytes()
-        if key not in self._known:
-            assignment = Assignment(self._model.table, choice)
-            self._known[key] = self._model.divergences(assignment, self._pool, self._reference)
-        return self._known[key]
-
-    def __call__(self, choice: np.ndarray) -> float:
-        return float(self.sequences(choice).mean())
-
-    def prefers(self, candidate: Candidate, best: Candidate) -> bool:
-        """Whether a candidate is better by more than two standard errors of the paired difference.
-
-        The kept-out text is a sample too, and the lowest of many figures on it is partly luck.
-        """
-        gain = self.sequences(best.assignment.choice) - self.sequences(candidate.assignment.choice)
-        return bool(gain.mean() > 2 * gain.std() / math.sqrt(len(gain)))
-
-
 @dataclass(frozen=True)
 class Candidate:
     """An assignment that was tried, and its KL on the kept-out sequences in nats per token."""
@@ -155,21 +90,6 @@ class Chosen:
     mixed: Candidate | None = None
 
 
-def batch_losses(
-    model: AssignedModel, pool: TokenPool, reference: Reference, search: Search
-) -> Callable[[np.ndarray, int, int], float]:
-    """(choice, generation, batches) to the KL on so many batches of a generation, the first ones for fewer."""
-    span = min(GROWTH * search.batch, len(pool))
-
-    def value(choice: np.ndarray, generation: int, batches: int) -> float:
-        rows = _rows(len(pool), span, generation, search.seed)[: batches * search.batch]
-        part = TokenPool(pool.ids[rows], tuple(pool.domains[row] for row in rows))
-        target = reference.of(rows, model.runner.device)
-        return float(model.divergences(Assignment(model.table, choice), part, target).mean())
-
-    return value
-
-
 def find(
     model: AssignedModel,
     budget: Budget,
@@ -189,57 +109,125 @@ def find(
     the layout costs.
     """
     table, judge = model.table, KeptOut(model, pools[1], references[1])
-    careful = judge.prefers if search.method == "rco" else lambda one, other: one.kl < other.kl
+
+    def better(one: Candidate, other: Candidate) -> bool:
+        if search.method == "rco":
+            return judge.prefers(one.assignment.choice, other.assignment.choice)
+        return one.kl < other.kl
+
     tried = [Candidate(name, assignment, judge(assignment.choice)) for name, assignment in candidates.items()]
     best, rival = tried[0], min(tried, key=lambda candidate: candidate.kl)
-    if careful(rival, best):
+    if better(rival, best):
         best = rival
-    smallest, largest = table.range
     history: tuple[StepRecord, ...] = ()
-    # Where the budget leaves no choice there is nothing to relax.
-    if search.method in SEARCHES and search.steps and smallest < budget.bytes < largest:
-        loss = SampledLoss(model, q, pools[0], references[0], search)
-        state = resume.load() if resume else None
-        evolution = search.method == "evolution"
-        steps = evolution_steps(search.steps, search.samples) if evolution else search.steps
-        with progress.stage("search", steps) as advance:
-            if state:
-                loss.skip(state["step"])
-                advance(state["step"])
-
-            def on_step(record: StepRecord) -> None:
-                if resume and record.step % search.evaluate_every == 0:
-                    resume.save(record.state())
-                advance(1)
-
-            shared: dict[str, Any] = {
-                "feasible": feasible(table, budget), "evaluate": judge, "evaluate_every": search.evaluate_every,
-                "on_step": on_step, "state": state, "seed": search.seed, "samples": search.samples,
-                "steps": search.steps, "floor": table.floor, "layer": table.layer,
-            }  # fmt: skip
-            if evolution:
-                value = batch_losses(model, pools[0], references[0], search)
-                shared |= {"value": value, "start": best.assignment.choice}
-            else:
-                shared |= {"lr": search.learning_rate, "tau": (search.tau_start, search.tau_end)}
-                shared |= {
-                    "init_logits": start_logits(q, best.assignment),
-                    "weight": search.penalty * best.kl,
-                }
-            costs = torch.from_numpy(table.costs)
-            result = solve(costs, budget.bytes, loss, method=SEARCHES[search.method], **shared)
-        found = Candidate(search.method, Assignment(table, result.choice), result.value)
-        tried.append(found)
-        history = result.history
-        if careful(found, best):
-            best = found
+    smallest, largest = table.range
+    # Where the budget leaves no choice there is nothing to search.
+    if search.method in SEARCHES and smallest < budget.bytes < largest:
+        job = _Job(model, budget, q, pools, references, search, judge, progress, resume)
+        for found, records in job.results(min(tried, key=lambda candidate: candidate.kl)):
+            tried.append(found)
+            history += records
+            if better(found, best):
+                best = found
     others = [Candidate(name, other, judge(other.choice)) for name, other in (mixed or {}).items()]
     compared = min(others, key=lambda candidate: candidate.kl, default=None)
     return Chosen(best, tuple(sorted(tried, key=lambda candidate: candidate.kl)), history, compared)
 
 
-def _rows(sequences: int, batch: int, step: int, seed: int) -> torch.Tensor:
-    """Rows of a step's batch: the pool in a new random order every epoch."""
-    epoch, position = divmod(step, sequences // batch)
-    order = np.random.default_rng((seed, epoch)).permutation(sequences)
-    return torch.from_numpy(order[position * batch : (position + 1) * batch].copy())
+@dataclass(frozen=True)
+class _Job:
+    """What the stages of a search share."""
+
+    model: AssignedModel
+    budget: Budget
+    q: np.ndarray
+    pools: tuple[TokenPool, TokenPool]
+    references: tuple[Reference, Reference]
+    search: Search
+    judge: KeptOut
+    progress: Progress
+    resume: Resume | None
+
+    def results(self, start: Candidate) -> Iterator[tuple[Candidate, tuple[StepRecord, ...]]]:
+        """What the recipe's method finds from a start, and how; then, with `rco`, what races make of the better one."""
+        search, state = self.search, (self.resume.load() if self.resume else None) or {}
+        first, history = dict[str, torch.Tensor](), tuple[StepRecord, ...]()
+        if search.search_steps:
+            if "found" in state:
+                choice, history = state["found"].numpy(), tuple(unpack_history(state["found.history"]))
+            else:
+                result = self._searched(start, state)
+                choice, history = result.choice, result.history
+            first = {"found": torch.from_numpy(choice), "found.history": pack_history(history)}
+            found = self._candidate(search.method, choice)
+            yield found, history
+            start = min(start, found, key=lambda candidate: candidate.kl)
+        if search.races:
+            result = self._refined(start.assignment.choice, state, first)
+            later = (replace(record, step=len(history) + record.step) for record in result.history)
+            yield self._candidate(REFINED, result.choice), tuple(later)
+
+    def _candidate(self, name: str, choice: np.ndarray) -> Candidate:
+        return Candidate(name, Assignment(self.model.table, choice), self.judge(choice))
+
+    def _searched(self, start: Candidate, state: Mapping[str, Any]) -> SolveResult:
+        search, table, budget = self.search, self.model.table, self.budget
+        steps = search.search_steps
+        loss = SampledLoss(self.model, self.q, self.pools[0], self.references[0], search)
+        evolution = search.method == "evolution"
+        total = evolution_steps(steps, search.samples) if evolution else steps
+        with self.progress.stage("search", total) as advance:
+            if state:
+                loss.skip(state["step"])
+                advance(state["step"])
+
+            def on_step(record: StepRecord) -> None:
+                self._save(record, {})
+                advance(1)
+
+            shared: dict[str, Any] = {
+                "feasible": feasible(table, budget), "evaluate": self.judge, "evaluate_every": search.evaluate_every,
+                "on_step": on_step, "state": state or None, "seed": search.seed, "samples": search.samples,
+                "steps": steps, "floor": table.floor, "layer": table.layer,
+            }  # fmt: skip
+            if evolution:
+                value = batch_losses(self.model, self.pools[0], self.references[0], search)
+                shared |= {"value": value, "start": start.assignment.choice}
+            else:
+                shared |= {"lr": search.learning_rate, "tau": (search.tau_start, search.tau_end)}
+                shared |= {
+                    "init_logits": start_logits(self.q, start.assignment),
+                    "weight": search.penalty * start.kl,
+                }
+            costs = torch.from_numpy(table.costs)
+            return solve(costs, budget.bytes, loss, method=SEARCHES[search.method], **shared)
+
+    def _refined(
+        self, start: np.ndarray, state: Mapping[str, Any], first: Mapping[str, torch.Tensor]
+    ) -> SolveResult:
+        search, table = self.search, self.model.table
+        doubt = np.full(len(table.options), DOUBT)
+        if table.prune_index is not None:
+            doubt[table.prune_index] = DOUBT_OF_PRUNING
+        passes = search.races * search.samples * (1 + BACKWARD) * search.batch
+        begun = state if "races.best" in state else None
+        done = min(passes, int(begun["races.passes"])) if begun else 0
+        with self.progress.stage("refine by races", passes) as advance:
+            advance(done)
+
+            def on_step(record: StepRecord) -> None:
+                nonlocal done
+                self._save(record, first)
+                advance(min(passes, record.evaluations) - done)
+                done = min(passes, record.evaluations)
+
+            return refine(
+                row_losses(self.model, self.pools[0], self.references[0]), len(self.pools[0]),
+                feasible(table, self.budget), start, self.q, doubt * self.q, passes=passes,
+                units=table.layer if table.layout == "stock" else None,
+                on_step=on_step, state=begun, seed=search.seed,
+            )  # fmt: skip
+
+    def _save(self, record: StepRecord, more: Mapping[str, Any]) -> None:
+        if self.resume and record.step % self.search.evaluate_every == 0:
+            self.resume.save({**record.state(), **more})

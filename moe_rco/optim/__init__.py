@@ -8,6 +8,7 @@ from moe_rco.optim.feasible import FeasibleSet
 from moe_rco.optim.manifold import BudgetManifold
 from moe_rco.optim.mckp import Knapsack, MCKPSolution, solve_mckp
 from moe_rco.optim.overlap import OverlappingBudgetManifold
+from moe_rco.optim.races import refine
 from moe_rco.optim.solve import Method, evolution_steps, solve
 from moe_rco.optim.solver import SolveResult, minimize
 from moe_rco.optim.trace import StepRecord
@@ -26,6 +27,7 @@ __all__ = [
     "evolution_steps",
     "evolve",
     "minimize",
+    "refine",
     "solve",
     "solve_mckp",
 ]

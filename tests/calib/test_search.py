@@ -16,10 +16,11 @@ from moe_rco.calib.bank import LayerBank, OptionBank
 from moe_rco.calib.calibrate import Calibrated, calibrate
 from moe_rco.calib.data import TokenPool
 from moe_rco.calib.fisher import fisher_effects
+from moe_rco.calib.losses import KeptOut, _rows, batch_losses, row_losses
 from moe_rco.calib.objective import AssignedModel
 from moe_rco.calib.reference import divergence
 from moe_rco.calib.runner import Runner
-from moe_rco.calib.search import SEARCHES, SEED, Candidate, KeptOut, _rows, batch_losses, find, knapsack
+from moe_rco.calib.search import REFINED, SEARCHES, SEED, find, knapsack
 from moe_rco.ckpt.reader import Checkpoint
 from moe_rco.ckpt.store import Store
 from moe_rco.recipe import Search
@@ -151,25 +152,27 @@ def test_choices_of_a_generation_are_compared_on_the_same_batches(ready: Calibra
     assert value(choice, 3, 4) == pytest.approx(everything[rows].mean(), rel=1e-4)
     assert value(choice, 3, 1) == pytest.approx(everything[rows[:2]].mean(), rel=1e-4)
     assert value(choice, 4, 1) != value(choice, 3, 1)
+    by_row = row_losses(ready.model, ready.pools[0], ready.calibrated.train)
+    assert by_row(choice, rows.numpy()) == pytest.approx(everything[rows], rel=1e-4)
 
 
-@pytest.mark.parametrize("method", SEARCHES)
+@pytest.mark.parametrize(("method", "cut"), [*((method, 1) for method in SEARCHES), ("rco", -1)])
 def test_every_search_stays_within_the_budget_and_goes_on_where_it_was(
-    ready: Calibration, method: Any
+    ready: Calibration, method: Any, cut: int
 ) -> None:
     table = ready.model.table
     references = (ready.calibrated.train, ready.calibrated.kept_out)
     budget = Budget(int(table.original_bytes * 0.2), "test")
     start = {"random": knapsack(np.random.default_rng(0).random(ready.q.shape), table, budget)}
-    settings = Search(method=method, steps=12, samples=2, batch=2, evaluate_every=1)
+    settings = Search(method=method, steps=12, refine=12, samples=2, batch=2, evaluate_every=1)
 
     class Kept:
-        """Remembers the second snapshot, as if the run had been cut off after it."""
+        """Remembers one of the snapshots, as if the run had been cut off after it."""
 
         saved: ClassVar[list[Any]] = []
 
         def load(self) -> Any:
-            return self.saved[1] if len(self.saved) > 1 else None
+            return self.saved[cut] if self.saved else None
 
         def save(self, values: Any) -> None:
             self.saved.append(dict(values))
@@ -181,7 +184,9 @@ def test_every_search_stays_within_the_budget_and_goes_on_where_it_was(
         for _ in range(2)
     )
     whole.best.assignment.check(budget)
-    assert {candidate.name for candidate in whole.candidates} == {"random", method}
+    refined = {REFINED} if method == "rco" else set()
+    assert {candidate.name for candidate in whole.candidates} == {"random", method} | refined
+    assert [record.step for record in whole.history] == list(range(1, len(whole.history) + 1))
     assert whole.best.kl < next(c.kl for c in whole.candidates if c.name == "random")
     assert whole.history == resumed.history
     assert np.array_equal(whole.best.assignment.choice, resumed.best.assignment.choice)
@@ -196,16 +201,16 @@ def test_the_result_is_never_worse_than_a_candidate(ready: Calibration) -> None:
         random = knapsack(np.random.default_rng(0).random(ready.q.shape), table, budget)
         seed = knapsack(ready.q, table, budget)
         chosen = find(
-            ready.model, budget, ready.q, ready.pools, references, Search(steps=3, samples=2, batch=4),
+            ready.model, budget, ready.q, ready.pools, references, Search(steps=3, refine=3, samples=2, batch=4),
             {SEED: seed, "random": random}, Silent(),
         )  # fmt: skip
         chosen.best.assignment.check(budget)
-        assert {candidate.name for candidate in chosen.candidates} == {SEED, "random", "rco"}
+        assert {candidate.name for candidate in chosen.candidates} == {SEED, "random", "rco", REFINED}
         for candidate in chosen.candidates:
             assert candidate.kl == pytest.approx(judge(candidate.assignment.choice))
-            other = Candidate(candidate.name, candidate.assignment, candidate.kl)
-            assert candidate.kl >= chosen.best.kl or not judge.prefers(other, chosen.best)
-        assert len(chosen.history) == 3
+            choices = candidate.assignment.choice, chosen.best.assignment.choice
+            assert candidate.kl >= chosen.best.kl or not judge.prefers(*choices)
+        assert len(chosen.history) > 3
         assert max(record.budget_error for record in chosen.history) <= 1e-12
 
 
@@ -241,13 +246,13 @@ def test_the_stock_layout_holds_from_the_seed_to_the_result(
     others = {"free": free, "worse": Assignment.uniform(mixed, Option.parse("prune"))}
     others["worse"].choice[:] = knapsack(-ready.q, mixed, budget).choice
     chosen = find(
-        ready.model, budget, ready.q, ready.pools, references, Search(steps=3, samples=2, batch=4),
+        ready.model, budget, ready.q, ready.pools, references, Search(steps=3, refine=3, samples=2, batch=4),
         {SEED: seed}, Silent(), mixed=others,
     )  # fmt: skip
     assert len(sampled) == 3 * 2
     for choice in (*sampled, seed.choice, *(candidate.assignment.choice for candidate in chosen.candidates)):
         Assignment(table, choice).check(budget)
-    assert {candidate.name for candidate in chosen.candidates} == {SEED, "rco"}
+    assert {candidate.name for candidate in chosen.candidates} == {SEED, "rco", REFINED}
     judge = KeptOut(ready.model, ready.pools[1], references[1])
     kls = {name: judge(other.choice) for name, other in others.items()}
     assert chosen.mixed is not None

@@ -23,7 +23,13 @@ METHODS = get_args(SearchMethod)
 
 
 def recipe_of(method: str, *settings: str) -> Recipe:
-    small = ["calibration.sequences=32", "search.steps=8", "search.samples=2", "search.batch=2"]
+    small = [
+        "calibration.sequences=32",
+        "search.steps=8",
+        "search.refine=8",
+        "search.samples=2",
+        "search.batch=2",
+    ]
     own = [f"model={MODEL}", "quantizer.method=rtn", f"search.method={method}"]
     return recipes.load("demo", [*own, *small, *settings])
 

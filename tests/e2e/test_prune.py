@@ -19,6 +19,7 @@ SMALL = (
     "calibration.sequences=48",
     "calibration.sequence_length=128",
     "search.steps=4",
+    "search.refine=4",
     "search.samples=2",
     "search.batch=2",
     "search.evaluate_every=2",

@@ -53,7 +53,7 @@ class Server:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("serve")
     model = folder / "demo"
-    done = run(prune_command(model, "search.steps=0"))
+    done = run(prune_command(model, "search.steps=0", "search.refine=0"))
     assert done.returncode == 0, done.stderr
     (model / "chat_template.jinja").write_text(TEMPLATE)
     with socket.socket() as free:

@@ -23,6 +23,7 @@ SETTINGS = (
     "calibration.sequences=16",
     "calibration.sequence_length=64",
     "search.steps=2",
+    "search.refine=2",
     "search.samples=2",
     "search.batch=2",
     "quantizer.method=rtn",

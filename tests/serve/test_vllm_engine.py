@@ -150,7 +150,7 @@ def test_another_models_plan_is_refused(eager: dict[str, dict[str, Any]]) -> Non
 def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped demo model with a plan that was searched for."""
     out = tmp_path_factory.mktemp("shipped") / "out"
-    few = ["calibration.sequences=40", "calibration.sequence_length=128", "search.steps=2"]
+    few = ["calibration.sequences=40", "calibration.sequence_length=128", "search.steps=2", "search.refine=2"]
     prune(load_recipe("demo", [*few, f"output={out}"]))
     return out
 

@@ -1,0 +1,169 @@
+"""Refinement of an assignment under a noisy loss: what a posterior proposes is raced against the best so far.
+
+Proposals are exact optima for a draw of what is believed of every option (Thompson sampling over the knapsack),
+with most groups held where they are. A race runs both assignments on the same rows of data, twice as many in every
+heat, until one of them is clearly ahead; whatever comes out corrects the belief.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from moe_rco.errors import UserError
+from moe_rco.optim.feasible import FeasibleSet
+from moe_rco.optim.posterior import Posterior
+from moe_rco.optim.solver import SolveResult
+from moe_rco.optim.trace import StepRecord, pack_history, unpack_history
+
+Losses = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float64]]
+"""(choice [N], rows [n] of the data) to the loss on each of these rows [n]."""
+
+RACES = "races"
+_FIRST, _DOUBTFUL, _ENOUGH, _CLEAR = 8, 32, 64, 2.5
+"""Rows of the first heat; below how many a challenger may be behind by a standard error; from how many on a lead of
+so many standard errors wins before all rows have been run."""
+_DRAWS = 64
+
+
+def refine(
+    losses: Losses,
+    rows: int,
+    feasible: FeasibleSet,
+    start: NDArray[np.int64],
+    mean: NDArray[np.float64],
+    spread: NDArray[np.float64],
+    *,
+    passes: int,
+    units: NDArray[np.int64] | None = None,
+    on_step: Callable[[StepRecord], None] | None = None,
+    state: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> SolveResult:
+    """Improve an assignment until `passes` rows have been run, or nothing new is left to try.
+
+    Args:
+        losses: the loss of a choice on rows of the data; always the same for the same ones.
+        rows: how many rows there are.
+        start: int64 [N], in `feasible`.
+        mean, spread: float64 [N, K], what every option is thought to add to the loss, and how wrong that may be; a
+            common factor of the spread is found on the way.
+        units: int64 [N]; groups of one unit are held or free together. Each its own where left out.
+        on_step, state: as in `minimize`; a step is a race.
+
+    Returns the best choice with its mean loss on the rows it was run on; `evaluations` are rows run. Raises UserError
+    where a loss is not a number.
+    """
+    start = feasible.checked(start, "the start")
+    run = _Run(losses, rows, feasible, start, Posterior(mean, spread), units, seed)
+    if state is not None:
+        run.load(state)
+    status = "completed"
+    while run.passes < passes:
+        if not run.advance():
+            status = "stalled"
+            break
+        if on_step is not None:
+            on_step(run.history[-1].with_state(run.state))
+    return SolveResult(
+        run.best, run.value, feasible.cost_of(run.best), status, tuple(run.history), run.passes, RACES, torch.empty(0)
+    )  # fmt: skip
+
+
+class _Run:
+    def __init__(
+        self,
+        losses: Losses,
+        rows: int,
+        feasible: FeasibleSet,
+        start: NDArray[np.int64],
+        posterior: Posterior,
+        units: NDArray[np.int64] | None,
+        seed: int,
+    ) -> None:
+        self._losses, self._feasible, self._posterior, self._seed = losses, feasible, posterior, seed
+        self._units = np.unique(np.arange(len(start)) if units is None else units, return_inverse=True)[1]
+        self.best = start
+        self._known = np.full(rows, np.nan)
+        self.history: list[StepRecord] = []
+        self.passes = 0
+
+    @property
+    def value(self) -> float:
+        known = self._known[~np.isnan(self._known)]
+        return float(known.mean()) if len(known) else math.nan
+
+    def advance(self) -> bool:
+        """One race; False where nothing new was found to try."""
+        rng = np.random.default_rng((self._seed, len(self.history)))
+        challenger = self._proposal(rng)
+        if challenger is None:
+            return False
+        found, change, error, won = self._race(challenger, rng)
+        self._posterior.observe(self.best, challenger, change, error)
+        if won:
+            self.best, self._known = challenger, found
+        step, value = len(self.history) + 1, self.value
+        self.history.append(StepRecord(step, value, 0.0, 0.0, 0.0, None, value, self.passes))
+        return True
+
+    def state(self) -> dict[str, Any]:
+        """Everything needed to go on: tensors and numbers."""
+        return self._posterior.state() | {
+            "races.best": torch.from_numpy(self.best.copy()), "races.known": torch.from_numpy(self._known.copy()),
+            "races.history": pack_history(self.history), "races.passes": self.passes,
+        }  # fmt: skip
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self._posterior.load(state)
+        self.best, self._known = state["races.best"].numpy().copy(), state["races.known"].numpy().copy()
+        self.history, self.passes = unpack_history(state["races.history"]), int(state["races.passes"])
+
+    def _proposal(self, rng: np.random.Generator) -> NDArray[np.int64] | None:
+        units = int(self._units.max()) + 1
+        groups = np.arange(len(self.best))
+        for draw in range(_DRAWS):
+            values = -self._posterior.sample(rng, widen=2.0 ** (draw / 8))
+            free = rng.permutation(units)[: int(math.exp(rng.uniform(0, math.log(units)))) + 1]
+            held = groups[~np.isin(self._units, free)]
+            values[held, self.best[held]] += 10 * np.abs(values).max()
+            choice = self._feasible.solve(values).choice
+            if not np.array_equal(choice, self.best) and not self._posterior.knows(choice):
+                return choice
+        return None
+
+    def _race(
+        self, challenger: NDArray[np.int64], rng: np.random.Generator
+    ) -> tuple[NDArray[np.float64], float, float, bool]:
+        """The challenger's losses where it was run, its mean change and standard error, and whether it won."""
+        order = rng.permutation(len(self._known))
+        order = order[
+            np.argsort(np.isnan(self._known[order]), kind="stable")
+        ]  # where the best has been run first
+        found, done, size = np.full(len(order), np.nan), 0, _FIRST
+        while True:
+            heat = order[done : done + size]
+            missing = heat[np.isnan(self._known[heat])]
+            self._known[missing] = self._run(self.best, missing)
+            found[heat] = self._run(challenger, heat)
+            done += len(heat)
+            changes = (found - self._known)[order[:done]]
+            change, error = float(changes.mean()), float(changes.std() / math.sqrt(done))
+            lost = change > (error if done < _DOUBTFUL else 0.0)
+            if lost or done == len(order) or (done >= _ENOUGH and change < -_CLEAR * error):
+                return found, change, error, change < 0 and not lost
+            size = done
+
+    def _run(self, choice: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        if not len(rows):
+            return np.zeros(0)
+        self.passes += len(rows)
+        losses = self._losses(choice, rows)
+        if np.isnan(losses).any():
+            raise UserError("the loss of an assignment is not a number")
+        return losses

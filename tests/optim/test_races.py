@@ -1,0 +1,128 @@
+"""Refinement by races: against the known optimum of noisy problems, and what it promises whatever the loss."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from moe_rco.errors import UserError
+from moe_rco.optim import EqualLayers, Knapsack, SolveResult, StepRecord, refine
+
+ROWS = 128
+
+
+class Problem:
+    """Each row of data sees the true effects with its own error; the estimates given are wrong by up to half."""
+
+    def __init__(self, seed: int, groups: int = 12, options: int = 3) -> None:
+        rng = np.random.default_rng(seed)
+        self.costs = np.sort(rng.integers(1, 50, (groups, options)), axis=1)
+        self.costs[:, 0] = 0
+        effects = np.sort(rng.exponential(size=(groups, options)), axis=1)[:, ::-1]
+        self.noise = rng.standard_normal((ROWS, groups, options)) * effects * 0.5
+        self.effects = effects + self.noise.mean(0)
+        self._rows = effects + self.noise
+        self.estimate = effects * rng.uniform(0.5, 1.5, effects.shape)
+        self.feasible = Knapsack(self.costs, int(self.costs.max(1).sum() // 2))
+        self.start = self.feasible.solve(-self.estimate).choice
+        self.passes = 0
+
+    def losses(self, choice: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        self.feasible.checked(choice, "a choice that was run")
+        self.passes += len(rows)
+        return self._rows[rows][:, np.arange(len(choice)), choice].sum(1)
+
+    def value(self, choice: np.ndarray) -> float:
+        return float(self.effects[np.arange(len(choice)), choice].sum())
+
+    def refined(self, passes: int, **arguments: object) -> SolveResult:
+        return refine(
+            self.losses, ROWS, self.feasible, self.start, self.estimate, 0.5 * self.estimate,
+            passes=passes, **arguments,  # pyright: ignore[reportArgumentType]
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_it_closes_most_of_the_gap_that_wrong_estimates_leave(seed: int) -> None:
+    problem = Problem(seed)
+    optimum = problem.value(problem.feasible.solve(-problem.effects).choice)
+    before = problem.value(problem.start) - optimum
+    result = problem.refined(6000)
+    after = problem.value(result.choice) - optimum
+    assert after <= 0.25 * before + 1e-9
+    assert result.cost == problem.feasible.cost_of(result.choice) <= problem.feasible.budget
+    assert result.evaluations == problem.passes
+    known = problem.losses(result.choice, np.arange(ROWS)).mean()
+    assert result.value == pytest.approx(known, abs=1.0)
+
+
+def test_it_stops_at_its_passes_and_counts_them() -> None:
+    problem, records = Problem(0), list[StepRecord]()
+    result = problem.refined(500, on_step=records.append)
+    assert 500 <= result.evaluations < 500 + 2 * ROWS
+    assert [record.step for record in result.history] == list(range(1, len(records) + 1))
+    assert records[-1].evaluations == result.evaluations
+    assert result.status == "completed"
+
+
+@pytest.mark.parametrize("after", [1, 7, 20])
+def test_interrupted_it_ends_as_if_it_had_not_been(after: int) -> None:
+    whole = Problem(1).refined(3000)
+    states: list[dict[str, object]] = []
+
+    def stop(record: StepRecord) -> None:
+        if record.step == after:
+            states.append(record.state())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Problem(1).refined(3000, on_step=stop)
+    resumed = Problem(1).refined(3000, state=states[0])
+    assert np.array_equal(resumed.choice, whole.choice)
+    assert resumed.history == whole.history
+    assert resumed.evaluations == whole.evaluations
+
+
+def test_where_there_is_nothing_to_try_it_says_so() -> None:
+    costs = np.array([[1, 5], [1, 5]])
+    feasible = Knapsack(costs, 2)
+    start = np.zeros(2, dtype=np.int64)
+    result = refine(
+        lambda choice, rows: np.zeros(len(rows)), 4, feasible, start, costs * 1.0, costs * 0.5, passes=100
+    )
+    assert result.status == "stalled"
+    assert result.evaluations == 0
+    assert np.array_equal(result.choice, start)
+
+
+def test_an_equal_assignment_does_not_replace_the_start() -> None:
+    problem = Problem(2)
+    result = refine(
+        lambda choice, rows: np.ones(len(rows)), ROWS, problem.feasible, problem.start, problem.estimate,
+        problem.estimate, passes=2000,
+    )  # fmt: skip
+    assert np.array_equal(result.choice, problem.start)
+
+
+def test_units_are_held_together_so_that_layers_can_move() -> None:
+    layer = np.repeat(np.arange(3), 4)
+    costs = np.tile([0, 4, 8], (12, 1))
+    feasible = EqualLayers(costs, 48, floor=1, layer=layer)
+    effects = np.tile([3.0, 0.5, 0.2], (12, 1))
+    effects[layer == 0] *= 9.0
+    estimate = np.tile([3.0, 0.5, 0.2], (12, 1))
+    start = feasible.solve(-estimate).choice
+
+    def losses(choice: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        return np.full(len(rows), effects[np.arange(12), choice].sum())
+
+    result = refine(losses, 8, feasible, start, estimate, estimate, passes=2000, units=layer)
+    best = feasible.solve(-effects)
+    assert result.value == pytest.approx(-best.value)
+
+
+def test_a_loss_that_is_no_number_is_refused() -> None:
+    problem = Problem(3)
+    problem.losses = lambda choice, rows: np.full(len(rows), np.nan)
+    with pytest.raises(UserError, match="not a number"):
+        problem.refined(100)
