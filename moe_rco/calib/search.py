@@ -104,30 +104,25 @@ def find(
 ) -> Chosen:
     """The best assignment found on the kept-out sequences by the recipe's method, which starts from the best candidate.
 
-    With `rco` the first candidate stays unless another is clearly better. A method that does not search has its own
+    With `rco` the first candidate stays unless another is clearly better; what has won its races on the calibration text
+    already has only to be better. A method that does not search has its own
     assignments as candidates. `mixed` are assignments outside the table's layout, judged on the same text to tell what
     the layout costs.
     """
-    table, judge = model.table, KeptOut(model, pools[1], references[1])
-
-    def better(one: Candidate, other: Candidate) -> bool:
-        if search.method == "rco":
-            return judge.prefers(one.assignment.choice, other.assignment.choice)
-        return one.kl < other.kl
-
+    judge = KeptOut(model, pools[1], references[1])
+    job = _Job(model, budget, q, pools, references, search, judge, progress, resume)
     tried = [Candidate(name, assignment, judge(assignment.choice)) for name, assignment in candidates.items()]
     best, rival = tried[0], min(tried, key=lambda candidate: candidate.kl)
-    if better(rival, best):
+    if job.prefers(rival, best):
         best = rival
     history: tuple[StepRecord, ...] = ()
-    smallest, largest = table.range
+    smallest, largest = model.table.range
     # Where the budget leaves no choice there is nothing to search.
     if search.method in SEARCHES and smallest < budget.bytes < largest:
-        job = _Job(model, budget, q, pools, references, search, judge, progress, resume)
-        for found, records in job.results(min(tried, key=lambda candidate: candidate.kl)):
+        for found, records in job.results(best, rival):
             tried.append(found)
             history += records
-            if better(found, best):
+            if job.prefers(found, best):
                 best = found
     others = [Candidate(name, other, judge(other.choice)) for name, other in (mixed or {}).items()]
     compared = min(others, key=lambda candidate: candidate.kl, default=None)
@@ -148,22 +143,30 @@ class _Job:
     progress: Progress
     resume: Resume | None
 
-    def results(self, start: Candidate) -> Iterator[tuple[Candidate, tuple[StepRecord, ...]]]:
-        """What the recipe's method finds from a start, and how; then, with `rco`, what races make of the better one."""
+    def prefers(self, candidate: Candidate, best: Candidate) -> bool:
+        """Whether a candidate is to take the best one's place."""
+        if self.search.method == "rco" and candidate.name != REFINED:
+            return self.judge.prefers(candidate.assignment.choice, best.assignment.choice)
+        return candidate.kl < best.kl
+
+    def results(
+        self, best: Candidate, lowest: Candidate
+    ) -> Iterator[tuple[Candidate, tuple[StepRecord, ...]]]:
+        """What the recipe's method finds from the lowest KL; then, with `rco`, what races make of it and the best."""
         search, state = self.search, (self.resume.load() if self.resume else None) or {}
         first, history = dict[str, torch.Tensor](), tuple[StepRecord, ...]()
+        challengers = [lowest.assignment.choice]
         if search.search_steps:
             if "found" in state:
                 choice, history = state["found"].numpy(), tuple(unpack_history(state["found.history"]))
             else:
-                result = self._searched(start, state)
+                result = self._searched(lowest, state)
                 choice, history = result.choice, result.history
             first = {"found": torch.from_numpy(choice), "found.history": pack_history(history)}
-            found = self._candidate(search.method, choice)
-            yield found, history
-            start = min(start, found, key=lambda candidate: candidate.kl)
+            challengers.append(choice)
+            yield self._candidate(search.method, choice), history
         if search.races:
-            result = self._refined(start.assignment.choice, state, first)
+            result = self._refined(best.assignment.choice, challengers, state, first)
             later = (replace(record, step=len(history) + record.step) for record in result.history)
             yield self._candidate(REFINED, result.choice), tuple(later)
 
@@ -203,7 +206,11 @@ class _Job:
             return solve(costs, budget.bytes, loss, method=SEARCHES[search.method], **shared)
 
     def _refined(
-        self, start: np.ndarray, state: Mapping[str, Any], first: Mapping[str, torch.Tensor]
+        self,
+        start: np.ndarray,
+        challengers: list[np.ndarray],
+        state: Mapping[str, Any],
+        first: Mapping[str, torch.Tensor],
     ) -> SolveResult:
         search, table = self.search, self.model.table
         doubt = np.full(len(table.options), DOUBT)
@@ -224,6 +231,7 @@ class _Job:
             return refine(
                 row_losses(self.model, self.pools[0], self.references[0]), len(self.pools[0]),
                 feasible(table, self.budget), start, self.q, doubt * self.q, passes=passes,
+                challengers=challengers,
                 units=table.layer if table.layout == "stock" else None,
                 on_step=on_step, state=begun, seed=search.seed,
             )  # fmt: skip

@@ -8,7 +8,7 @@ heat, until one of them is clearly ahead; whatever comes out corrects the belief
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ Losses = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float64]]
 RACES = "races"
 _FIRST, _DOUBTFUL, _ENOUGH, _CLEAR = 8, 32, 64, 2.5
 """Rows of the first heat; below how many a challenger may be behind by a standard error; from how many on a lead of
-so many standard errors wins before all rows have been run."""
+so many standard errors wins. After all rows one of a single standard error does."""
 _DRAWS = 64
 
 
@@ -40,6 +40,7 @@ def refine(
     spread: NDArray[np.float64],
     *,
     passes: int,
+    challengers: Sequence[NDArray[np.int64]] = (),
     units: NDArray[np.int64] | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
     state: Mapping[str, Any] | None = None,
@@ -53,6 +54,7 @@ def refine(
         start: int64 [N], in `feasible`.
         mean, spread: float64 [N, K], what every option is thought to add to the loss, and how wrong that may be; a
             common factor of the spread is found on the way.
+        challengers: choices to race first.
         units: int64 [N]; groups of one unit are held or free together. Each its own where left out.
         on_step, state: as in `minimize`; a step is a race.
 
@@ -60,7 +62,9 @@ def refine(
     where a loss is not a number.
     """
     start = feasible.checked(start, "the start")
-    run = _Run(losses, rows, feasible, start, Posterior(mean, spread), units, seed)
+    first = {one.tobytes(): one for one in (feasible.checked(c, "a challenger") for c in challengers)}
+    first.pop(start.tobytes(), None)
+    run = _Run(losses, rows, feasible, start, Posterior(mean, spread), list(first.values()), units, seed)
     if state is not None:
         run.load(state)
     status = "completed"
@@ -83,12 +87,13 @@ class _Run:
         feasible: FeasibleSet,
         start: NDArray[np.int64],
         posterior: Posterior,
+        challengers: Sequence[NDArray[np.int64]],
         units: NDArray[np.int64] | None,
         seed: int,
     ) -> None:
         self._losses, self._feasible, self._posterior, self._seed = losses, feasible, posterior, seed
         self._units = np.unique(np.arange(len(start)) if units is None else units, return_inverse=True)[1]
-        self.best = start
+        self.best, self._first = start, challengers
         self._known = np.full(rows, np.nan)
         self.history: list[StepRecord] = []
         self.passes = 0
@@ -100,8 +105,8 @@ class _Run:
 
     def advance(self) -> bool:
         """One race; False where nothing new was found to try."""
-        rng = np.random.default_rng((self._seed, len(self.history)))
-        challenger = self._proposal(rng)
+        rng, races = np.random.default_rng((self._seed, len(self.history))), len(self.history)
+        challenger = self._first[races] if races < len(self._first) else self._proposal(rng)
         if challenger is None:
             return False
         found, change, error, won = self._race(challenger, rng)
@@ -154,9 +159,12 @@ class _Run:
             done += len(heat)
             changes = (found - self._known)[order[:done]]
             change, error = float(changes.mean()), float(changes.std() / math.sqrt(done))
-            lost = change > (error if done < _DOUBTFUL else 0.0)
-            if lost or done == len(order) or (done >= _ENOUGH and change < -_CLEAR * error):
-                return found, change, error, change < 0 and not lost
+            if done == len(order):
+                return found, change, error, change < -error
+            if change > (error if done < _DOUBTFUL else 0.0):
+                return found, change, error, False
+            if done >= _ENOUGH and change < -_CLEAR * error:
+                return found, change, error, True
             size = done
 
     def _run(self, choice: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.float64]:

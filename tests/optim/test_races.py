@@ -95,6 +95,17 @@ def test_where_there_is_nothing_to_try_it_says_so() -> None:
     assert np.array_equal(result.choice, start)
 
 
+def test_challengers_are_raced_first() -> None:
+    problem = Problem(4)
+    optimum = problem.feasible.solve(-problem.effects).choice
+    problem.start = problem.feasible.solve(problem.effects).choice
+    result = problem.refined(1, challengers=[optimum])
+    assert np.array_equal(result.choice, optimum)
+    assert len(result.history) == 1
+    with pytest.raises(UserError, match="a challenger"):
+        problem.refined(1, challengers=[np.zeros(3)])
+
+
 def test_an_equal_assignment_does_not_replace_the_start() -> None:
     problem = Problem(2)
     result = refine(
