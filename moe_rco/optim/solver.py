@@ -23,8 +23,8 @@ from moe_rco.optim.feasible import FeasibleSet
 from moe_rco.optim.gumbel import gumbel_noise, straight_through, temperature
 from moe_rco.optim.manifold import BudgetManifold
 from moe_rco.optim.mckp import Knapsack, MCKPSolution
-from moe_rco.optim.refine import refine as local_search
 from moe_rco.optim.relaxation import OnManifold, Penalized, Relaxation
+from moe_rco.optim.swaps import improve
 from moe_rco.optim.trace import Incumbent, StepRecord, pack_history, unpack_history
 
 SEARCH, LINEAR, SWAPS = "search", "linear", "swaps"
@@ -77,7 +77,7 @@ def minimize(
     evaluate: Callable[[NDArray[np.int64]], float] | None = None,
     evaluate_every: int = 0,
     candidates: Mapping[str, Any] | Iterable[tuple[str, Any]] = (),
-    refine: int | None = None,
+    swaps: int | None = None,
     margin: float = 0.0,
     patience: int | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
@@ -106,7 +106,7 @@ def minimize(
             the loss stands in, of every sample too; it must then be deterministic.
         evaluate_every: decode and evaluate every so many steps; 0 only at the end, which always happens.
         candidates: named choices evaluated first; the result is never worse than any of them.
-        refine: calls of the loss that a local search by exact swaps may take in the end (`refine.refine`); as many
+        swaps: calls of the loss that a local search by exact swaps may take in the end (`swaps.improve`); as many
             as there were samples when left out. There are no swaps where `evaluate` is given: they would learn its
             data by heart.
         margin: how much lower than the best so far a value must be to replace it.
@@ -144,7 +144,7 @@ def minimize(
     if run.step == 0:
         run.judge_decode(last=True)
     elif evaluate is None and run.relaxation.exact:
-        run.refine(run.step * samples if refine is None else refine, seed)
+        run.swap(run.step * samples if swaps is None else swaps, seed)
     return run.result(status)
 
 
@@ -219,11 +219,11 @@ class _Run:
             self._judge(self.feasible.solve(-self.slope).choice, LINEAR)
         return value
 
-    def refine(self, evaluations: int, seed: int) -> None:
+    def swap(self, evaluations: int, seed: int) -> None:
         """Improve the best assignment by exact swaps."""
         if self.best.choice is None:
             return
-        choice, value = local_search(
+        choice, value = improve(
             self._value, self.feasible, self.logits.shape[1], self.best.choice, self.best.value,
             evaluations=evaluations, seed=seed,
         )  # fmt: skip

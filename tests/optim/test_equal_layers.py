@@ -139,7 +139,7 @@ def test_every_sample_of_a_search_is_in_the_set() -> None:
         return -(sample * torch.from_numpy(problem.values)).sum()
 
     result = minimize(
-        loss, torch.from_numpy(problem.costs), problem.budget, steps=30, feasible=exact, refine=0
+        loss, torch.from_numpy(problem.costs), problem.budget, steps=30, feasible=exact, swaps=0
     )
     assert len(samples) == result.evaluations == 30 * 4 + 2
     assert len({sample.tobytes() for sample in samples}) > 30

@@ -8,7 +8,7 @@ import torch
 
 from eval.synthetic import pairwise, separable
 from moe_rco.optim import Knapsack, minimize
-from moe_rco.optim.refine import refine
+from moe_rco.optim.swaps import improve
 
 
 def value_of(problem, choice: np.ndarray) -> float:
@@ -28,11 +28,11 @@ def test_given_enough_calls_it_finds_the_optimum(seed: int) -> None:
 
     start = feasible.solve(np.zeros(problem.costs.shape)).choice
     first = value_of(problem, start)
-    choice, best = refine(value, feasible, 3, start, first, evaluations=1500)
+    choice, best = improve(value, feasible, 3, start, first, evaluations=1500)
     assert len(calls) == 1500
     assert best == pytest.approx(problem.optimum, abs=1e-9)
     assert best == pytest.approx(value_of(problem, choice), abs=1e-12)
-    some, better = refine(value, feasible, 3, start, first, evaluations=40)
+    some, better = improve(value, feasible, 3, start, first, evaluations=40)
     assert len(calls) == 1540
     assert better <= first
     assert better == pytest.approx(value_of(problem, some), abs=1e-12)
@@ -40,7 +40,7 @@ def test_given_enough_calls_it_finds_the_optimum(seed: int) -> None:
 
 def test_minimize_ends_with_swaps_unless_judged_on_other_data() -> None:
     problem = pairwise(1)
-    alone = minimize(problem.loss, problem.costs, problem.budget, steps=50, refine=0)
+    alone = minimize(problem.loss, problem.costs, problem.budget, steps=50, swaps=0)
     both = minimize(problem.loss, problem.costs, problem.budget, steps=50)
     assert both.evaluations == alone.evaluations + 50 * 4
     assert both.value <= alone.value

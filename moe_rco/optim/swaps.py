@@ -16,7 +16,7 @@ _PARTNERS = 64
 _KICK = 3
 
 
-def refine(
+def improve(
     value: Callable[[NDArray[np.int64]], float],
     feasible: FeasibleSet,
     options: int,
