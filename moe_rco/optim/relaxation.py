@@ -67,8 +67,8 @@ class Penalized:
         return self._manifold.retract(logits)
 
     def step(self, logits: Tensor, gradient: Tensor) -> Tensor:
-        budget = float(self._manifold.budgets)
-        missed = float(self._manifold.expected_cost(logits)) / budget - 1
+        budget = max(float(self._manifold.budgets), 1.0)
+        missed = (float(self._manifold.expected_cost(logits)) - float(self._manifold.budgets)) / budget
         if self._dual:
             self._multiplier += self._weight / 10 * missed
         price = self._multiplier + 2 * self._weight * missed

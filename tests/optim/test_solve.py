@@ -76,6 +76,13 @@ def test_an_evaluation_of_its_own_decides(method: Any) -> None:
     assert result.value == (result.choice != 2).sum()
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_budget_of_nothing_buys_what_costs_nothing(method: Any) -> None:
+    costs = torch.tensor([[0, 3], [0, 5], [2, 0]])
+    result = solve(costs, 0, lambda sample: sample[:, 1].sum(), method=method, steps=3)
+    assert result.choice.tolist() == [0, 0, 1]
+
+
 def test_an_unknown_method_is_named() -> None:
     with pytest.raises(UserError, match=r"'annealing'; there are rco, penalty"):
         run("annealing")
