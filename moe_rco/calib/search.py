@@ -145,9 +145,11 @@ class _Job:
 
     def prefers(self, candidate: Candidate, best: Candidate) -> bool:
         """Whether a candidate is to take the best one's place."""
-        if self.search.method == "rco" and candidate.name != REFINED:
-            return self.judge.prefers(candidate.assignment.choice, best.assignment.choice)
-        return candidate.kl < best.kl
+        if self.search.method != "rco" or candidate.name == REFINED:
+            return candidate.kl < best.kl
+        if candidate.name == self.search.method and self.search.races:
+            return False  # it has to win a race first, and is then part of what was refined
+        return self.judge.prefers(candidate.assignment.choice, best.assignment.choice)
 
     def results(
         self, best: Candidate, lowest: Candidate
