@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 _SCALES = 2.0 ** np.arange(-3, 4)
 _INTERACTION = 0.25
 """Part of a measured change that may be due to groups acting on one another."""
+_JITTER, _TINY = 1e-9, 1e-30
 _MEMORY = 512
 """Measurements kept: the latest, which are of assignments near the present best."""
 
@@ -27,7 +28,10 @@ class _Measured:
     noise: NDArray[np.float64]
 
     def covariance(self, variance: NDArray[np.float64]) -> NDArray[np.float64]:
-        return (self.rows * variance[self.entries]) @ self.rows.T + np.diag(self.noise)
+        covariance = (self.rows * variance[self.entries]) @ self.rows.T
+        # What was measured without noise, and more than once, would make it singular.
+        np.einsum("ii->i", covariance)[...] += self.noise + _JITTER * covariance.diagonal() + _TINY
+        return covariance
 
 
 class Posterior:

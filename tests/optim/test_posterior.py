@@ -66,6 +66,17 @@ def test_what_was_measured_holds_in_every_draw() -> None:
         assert drawn[0, 1] + drawn[1, 1] == pytest.approx(drawn[0, 0] + drawn[1, 0], abs=1e-6)
 
 
+@pytest.mark.parametrize("spread", [SPREAD, 0 * SPREAD])
+def test_exact_measurements_may_repeat(spread: np.ndarray) -> None:
+    belief = Posterior(MEAN, spread)
+    for choice in (SEEN[0][0], SEEN[0][0], SEEN[1][0], SEEN[0][0]):
+        belief.observe(START, choice, 0.0, 0.0)
+    drawn = belief.sample(np.random.default_rng(3))
+    assert np.isfinite(drawn).all()
+    if spread.any():
+        assert drawn[0, 1] == pytest.approx(drawn[0, 0], abs=1e-3)
+
+
 def test_it_goes_on_where_it_was_and_forgets_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(posterior, "_MEMORY", 2)
     belief, again = Posterior(MEAN, SPREAD), Posterior(MEAN, SPREAD)
