@@ -35,8 +35,7 @@ class SampledLoss:
         self._calls = 0
 
     def __call__(self, sample: torch.Tensor) -> torch.Tensor:
-        batch = min(self._search.batch, len(self._pool))
-        rows = _rows(len(self._pool), batch, self._calls // self._search.samples, self._search.seed)
+        rows = self.rows(self._calls // self._search.samples)
         self._calls += 1
         choice = sample.detach().argmax(1).numpy()
         target = self._reference.of(rows, self._model.runner.device)
@@ -46,10 +45,17 @@ class SampledLoss:
 
         ids = self._pool.ids[rows]
         total, effects = self._model.effects(choice, ids, loss, stride=STRIDE)
-        groups = np.arange(len(choice))
-        gradient = effects.linear + self._q + self._q[groups, choice][:, None]
-        gradient[groups, choice] = 0.0
+        gradient = self.gradient(effects.linear, choice)
+        gradient[np.arange(len(choice)), choice] = 0.0
         return _Estimated.apply(sample, total / ids.numel(), torch.from_numpy(gradient))  # pyright: ignore[reportReturnType]
+
+    def rows(self, step: int) -> torch.Tensor:
+        """The batch of a step."""
+        return _rows(len(self._pool), min(self._search.batch, len(self._pool)), step, self._search.seed)
+
+    def gradient(self, linear: np.ndarray, choice: np.ndarray) -> np.ndarray:
+        """What every move away from `choice` [N] does, float64 [N, K], from the first-order effects."""
+        return linear + self._q + self._q[np.arange(len(choice)), choice][:, None]
 
     def skip(self, steps: int) -> None:
         """Go on as after `steps` steps."""

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 _SCALES = 2.0 ** np.arange(-3, 4)
 _INTERACTION = 0.25
-"""Part of a measured change that may be due to groups acting on one another."""
+"""Part of a measured change that may be due to groups acting on one another, where the others stand as they did; its
+square grows with the number of those that do not."""
 _JITTER, _TINY = 1e-9, 1e-30
-_MEMORY = 512
+_MEMORY = 256
 """Measurements kept: the latest, which are of assignments near the present best."""
 
 
@@ -49,24 +50,36 @@ class Posterior:
         self._changes = self._noise = np.zeros(0)
         self._scale = 1.0
 
-    def observe(self, old: NDArray[np.int64], new: NDArray[np.int64], change: float, error: float) -> None:
-        """The loss of `new` [N] is that of `old` [N] plus `change`, with a standard error."""
+    def observe(
+        self,
+        old: NDArray[np.int64],
+        new: NDArray[np.int64],
+        change: float,
+        error: float,
+        near: NDArray[np.int64],
+    ) -> None:
+        """The loss of `new` [N] is that of `old` [N] plus `change`, with a standard error.
+
+        `near` [N] is where the belief is going to be used.
+        """
         self._old, self._new = (
             np.vstack([kept, choice])[-_MEMORY:] for kept, choice in ((self._old, old), (self._new, new))
         )
         self._changes = np.append(self._changes, change)[-_MEMORY:]
-        self._noise = np.append(self._noise, error**2 + (_INTERACTION * change) ** 2)[-_MEMORY:]
-        self._update()
+        self._noise = np.append(self._noise, error**2)[-_MEMORY:]
+        self._update(near)
 
     def knows(self, choice: NDArray[np.int64]) -> bool:
         """Whether `choice` [N] is among the latest that were measured."""
         return bool((self._new == choice).all(1).any())
 
-    def sample(self, rng: np.random.Generator, widen: float = 1.0) -> NDArray[np.float64]:
-        """A draw [N, K]; with `widen` of the posterior of a prior so many times as wide."""
+    def sample(
+        self, rng: np.random.Generator, widen: float = 1.0, *, blind: bool = False
+    ) -> NDArray[np.float64]:
+        """A draw [N, K]; with `widen` of the posterior of a prior so many times as wide; `blind`, of that prior."""
         variance = (self._scale * widen) ** 2 * self._variance
         drawn = self._mean + rng.standard_normal(len(variance)) * np.sqrt(variance)
-        if len(self._changes):
+        if len(self._changes) and not blind:
             seen = self._measured
             noise = rng.standard_normal(len(seen.changes)) * np.sqrt(seen.noise)
             missing = np.linalg.solve(
@@ -80,14 +93,15 @@ class Posterior:
         parts = {"old": self._old, "new": self._new, "changes": self._changes, "noise": self._noise}
         return {f"posterior.{name}": torch.from_numpy(part) for name, part in parts.items()}
 
-    def load(self, state: Mapping[str, Any]) -> None:
+    def load(self, state: Mapping[str, Any], near: NDArray[np.int64]) -> None:
+        """Go on from `state`, to be used near a choice [N]."""
         names = ("old", "new", "changes", "noise")
         parts = (state[f"posterior.{name}"].numpy().copy() for name in names)
         self._old, self._new, self._changes, self._noise = parts
         if len(self._changes):
-            self._update()
+            self._update(near)
 
-    def _update(self) -> None:
+    def _update(self, near: NDArray[np.int64]) -> None:
         options = self._shape[1]
         row, group = np.nonzero(self._old != self._new)
         ends = [group * options + choices[row, group] for choices in (self._new, self._old)]
@@ -95,7 +109,9 @@ class Posterior:
         rows = np.zeros((len(self._changes), len(entries)))
         rows[row, columns[: len(row)]] = 1
         rows[row, columns[len(row) :]] = -1
-        self._measured = _Measured(entries, rows, self._changes, self._noise)
+        elsewhere = (self._old != near).sum(1)
+        noise = self._noise + (_INTERACTION * self._changes) ** 2 * (1 + elsewhere)
+        self._measured = _Measured(entries, rows, self._changes, noise)
         self._scale = max(_SCALES, key=self._likelihood)
 
     def _likelihood(self, scale: float) -> float:

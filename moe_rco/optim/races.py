@@ -28,7 +28,9 @@ RACES = "races"
 _FIRST, _DOUBTFUL, _ENOUGH, _CLEAR = 8, 32, 64, 2.5
 """Rows of the first heat; below how many a challenger may be behind by a standard error; from how many on a lead of
 so many standard errors wins. After all rows one of a single standard error does."""
-_DRAWS = 64
+_DRAWS, _BLIND = 48, 16
+"""Draws before it is said that there is nothing new; from which one on they disregard what was measured, as it may have
+been understood wrongly."""
 
 
 def refine(
@@ -110,9 +112,10 @@ class _Run:
         if challenger is None:
             return False
         found, change, error, won = self._race(challenger, rng)
-        self._posterior.observe(self.best, challenger, change, error)
+        old = self.best
         if won:
             self.best, self._known = challenger, found
+        self._posterior.observe(old, challenger, change, error, near=self.best)
         step, value = len(self.history) + 1, self.value
         self.history.append(StepRecord(step, value, 0.0, 0.0, 0.0, None, value, self.passes))
         return True
@@ -125,15 +128,15 @@ class _Run:
         }  # fmt: skip
 
     def load(self, state: Mapping[str, Any]) -> None:
-        self._posterior.load(state)
         self.best, self._known = state["races.best"].numpy().copy(), state["races.known"].numpy().copy()
+        self._posterior.load(state, self.best)
         self.history, self.passes = unpack_history(state["races.history"]), int(state["races.passes"])
 
     def _proposal(self, rng: np.random.Generator) -> NDArray[np.int64] | None:
         units = int(self._units.max()) + 1
         groups = np.arange(len(self.best))
         for draw in range(_DRAWS):
-            values = -self._posterior.sample(rng, widen=2.0 ** (draw / 8))
+            values = -self._posterior.sample(rng, 2.0 ** (draw % _BLIND / 4), blind=draw >= _BLIND)
             free = rng.permutation(units)[: int(math.exp(rng.uniform(0, math.log(units)))) + 1]
             held = groups[~np.isin(self._units, free)]
             values[held, self.best[held]] += 10 * np.abs(values).max()

@@ -36,7 +36,7 @@ def test_draws_have_the_conditional_mean_and_covariance(
     monkeypatch.setattr(posterior, "_SCALES", np.array([scale]))
     belief = Posterior(MEAN, SPREAD)
     for choice, change, error in SEEN:
-        belief.observe(START, choice, change, error)
+        belief.observe(START, choice, change, error, near=START)
     rng = np.random.default_rng(0)
     draws = np.stack([belief.sample(rng).ravel() for _ in range(40_000)])
     mean, covariance = conditioned(scale)
@@ -53,13 +53,13 @@ def test_the_spread_is_scaled_to_what_was_measured(factor: float, seed: int) -> 
     for group in range(60):
         choice = start.copy()
         choice[group] = 1
-        belief.observe(start, choice, factor * rng.standard_normal(), 1e-3)
-    assert factor / 2 < belief._scale < factor * 2
+        belief.observe(start, choice, factor * rng.standard_normal(), 1e-3, near=start)
+    assert factor / 2 <= belief._scale <= factor * 2
 
 
 def test_what_was_measured_holds_in_every_draw() -> None:
     belief = Posterior(MEAN, SPREAD)
-    belief.observe(START, np.array([1, 1, 0]), 0.0, 1e-9)
+    belief.observe(START, np.array([1, 1, 0]), 0.0, 1e-9, near=START)
     rng = np.random.default_rng(1)
     for _ in range(20):
         drawn = belief.sample(rng)
@@ -70,7 +70,7 @@ def test_what_was_measured_holds_in_every_draw() -> None:
 def test_exact_measurements_may_repeat(spread: np.ndarray) -> None:
     belief = Posterior(MEAN, spread)
     for choice in (SEEN[0][0], SEEN[0][0], SEEN[1][0], SEEN[0][0]):
-        belief.observe(START, choice, 0.0, 0.0)
+        belief.observe(START, choice, 0.0, 0.0, near=START)
     drawn = belief.sample(np.random.default_rng(3))
     assert np.isfinite(drawn).all()
     if spread.any():
@@ -81,10 +81,31 @@ def test_it_goes_on_where_it_was_and_forgets_the_oldest(monkeypatch: pytest.Monk
     monkeypatch.setattr(posterior, "_MEMORY", 2)
     belief, again = Posterior(MEAN, SPREAD), Posterior(MEAN, SPREAD)
     for choice, change, error in SEEN:
-        belief.observe(START, choice, change, error)
-    again.load(belief.state())
+        belief.observe(START, choice, change, error, near=START)
+    again.load(belief.state(), START)
     one, other = (kept.sample(np.random.default_rng(2), widen=3.0) for kept in (belief, again))
     assert np.array_equal(one, other)
     assert [belief.knows(choice) for choice, _, _ in SEEN] == [False, True, True]
-    again.load(Posterior(MEAN, SPREAD).state())
+    again.load(Posterior(MEAN, SPREAD).state(), START)
     assert not again.knows(SEEN[1][0])
+
+
+def test_what_was_measured_elsewhere_counts_less_and_blind_draws_forget_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(posterior, "_SCALES", np.array([1.0]))
+    choice, change, error = SEEN[0]
+    means = []
+    for near in (START, np.array([0, 1, 1])):
+        belief = Posterior(MEAN, SPREAD)
+        belief.observe(START, choice, change, error, near=near)
+        rng = np.random.default_rng(4)
+        draws = np.stack([belief.sample(rng) for _ in range(20_000)])
+        means.append((draws[:, 0, 1] - draws[:, 0, 0]).mean())
+    prior = 1.0**2 + 0.1**2
+    for mean, elsewhere in zip(means, (0, 2), strict=True):
+        noise = error**2 + (0.25 * change) ** 2 * (1 + elsewhere)
+        assert mean == pytest.approx(1.0 + prior / (prior + noise) * (change - 1.0), abs=0.01)
+    drawn = belief.sample(np.random.default_rng(5), 2.0, blind=True)
+    expected = Posterior(MEAN, SPREAD).sample(np.random.default_rng(5), 2.0)
+    assert np.array_equal(drawn, expected)

@@ -42,18 +42,19 @@ class Problem:
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_it_closes_most_of_the_gap_that_wrong_estimates_leave(seed: int) -> None:
-    problem = Problem(seed)
-    optimum = problem.value(problem.feasible.solve(-problem.effects).choice)
-    before = problem.value(problem.start) - optimum
-    result = problem.refined(6000)
-    after = problem.value(result.choice) - optimum
-    assert after <= 0.25 * before + 1e-9
-    assert result.cost == problem.feasible.cost_of(result.choice) <= problem.feasible.budget
-    assert result.evaluations == problem.passes
-    known = problem.losses(result.choice, np.arange(ROWS)).mean()
-    assert result.value == pytest.approx(known, abs=1.0)
+def test_it_closes_most_of_the_gap_that_wrong_estimates_leave() -> None:
+    before = after = 0.0
+    for seed in range(6):
+        problem = Problem(seed)
+        optimum = problem.value(problem.feasible.solve(-problem.effects).choice)
+        result = problem.refined(2000)
+        before += problem.value(problem.start) - optimum
+        after += problem.value(result.choice) - optimum
+        assert result.cost == problem.feasible.cost_of(result.choice) <= problem.feasible.budget
+        assert result.evaluations == problem.passes
+        known = problem.losses(result.choice, np.arange(ROWS)).mean()
+        assert result.value == pytest.approx(known, abs=1.0)
+    assert after <= 0.25 * before
 
 
 def test_it_stops_at_its_passes_and_counts_them() -> None:
@@ -127,7 +128,7 @@ def test_units_are_held_together_so_that_layers_can_move() -> None:
     def losses(choice: np.ndarray, rows: np.ndarray) -> np.ndarray:
         return np.full(len(rows), effects[np.arange(12), choice].sum())
 
-    result = refine(losses, 8, feasible, start, estimate, estimate, passes=2000, units=layer)
+    result = refine(losses, 8, feasible, start, estimate, estimate, passes=1000, units=layer)
     best = feasible.solve(-effects)
     assert result.value == pytest.approx(-best.value)
 
