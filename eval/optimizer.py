@@ -21,10 +21,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from scipy.optimize import Bounds, LinearConstraint, milp, root
-from scipy.sparse import coo_matrix, vstack
+from scipy.optimize import root
 
-from eval.synthetic import Problem, overlapping, pairwise, qwen3_instance, separable
+from eval.synthetic import Problem, highs, overlapping, pairwise, qwen3_instance, separable
 from moe_rco.optim import BudgetManifold, Knapsack, OverlappingBudgetManifold, solve
 
 matplotlib.use("svg")
@@ -107,7 +106,7 @@ def knapsack_rows() -> list[list[str]]:
         warm = knapsack.solve(noisy, warm=warm)
         loop.append(time.perf_counter() - start)
     start = time.perf_counter()
-    rival = _highs(values, costs, layer, budget, floor)
+    rival = highs(values, costs, budget, floor=floor, layer=layer)
     theirs = time.perf_counter() - start
     again, worst = statistics.median(loop), max(loop)
     proved = f"{exact.value:.10g}, {exact.status}"
@@ -116,27 +115,6 @@ def knapsack_rows() -> list[list[str]]:
         ["moe_rco, new logits, warm", f"{again * 1e3:.1f} ms, worst of 50 {worst * 1e3:.1f}", f"{again / ours:.2f}", "", ""],
         ["HiGHS", f"{theirs:.1f} s", f"{theirs / ours:.0f}", f"{rival:.10g}", ""],
     ]  # fmt: skip
-
-
-def _highs(values: np.ndarray, costs: np.ndarray, layer: np.ndarray, budget: int, floor: np.ndarray) -> float:
-    groups, options = costs.shape
-    columns = np.arange(groups * options)
-    one = coo_matrix((np.ones(len(columns)), (columns // options, columns)))
-    unit = int(np.gcd.reduce(costs[costs > 0]))
-    price = coo_matrix((costs / unit).reshape(1, -1))
-    kept = coo_matrix(((costs.ravel() > 0).astype(float), (np.repeat(layer, options), columns)))
-    # Rows: one option a group, the price, the floor of every layer.
-    rows: Any = vstack([one, price, kept])
-    low: Any = np.concatenate([np.ones(groups), [-np.inf], floor])
-    high: Any = np.concatenate([np.ones(groups), [budget // unit], np.full(len(floor), np.inf)])
-    result = milp(
-        -values.ravel(),
-        integrality=np.ones(len(columns)),
-        bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(rows, low, high)],
-        options={"mip_rel_gap": 0.0},
-    )
-    return -float(result.fun)
 
 
 def gaps(problem: Problem, seed: int, steps: int, samples: int) -> dict[str, tuple[float, float]]:

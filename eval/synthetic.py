@@ -1,12 +1,15 @@
-"""Problems of choosing one option per group whose optimum is known: by a knapsack solver, or by enumeration."""
+"""Problems of choosing one option per group whose optimum is known: by knapsack solvers, or by enumeration."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import coo_array, vstack
 from torch import Tensor
 
 from moe_rco.optim import solve_mckp
@@ -32,14 +35,49 @@ class Problem:
         return np.argsort(self.costs, axis=1, kind="stable")[:, rank]
 
 
-def qwen3_instance(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """Values [6144, 6], costs, layers [6144] and a budget of 30 %, with losses as wide apart as real ones."""
+def qwen3_instance(
+    seed: int, layers: int = 48, experts: int = 128, ratio: float = 0.3
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """Values [N, 6], costs, layers [N] and a budget, with losses as wide apart as real ones; N = 6144 as it is."""
     rng = np.random.default_rng(seed)
-    groups = 48 * 128
+    groups = layers * experts
     decay = np.array([1, 0.25, 0.06, 0.015, 6e-5, 0])
     values = -rng.lognormal(0, 2, (groups, 1)) * decay * rng.lognormal(0, 0.3, (groups, 6))
     costs = np.tile(QWEN3_COSTS, (groups, 1))
-    return values, costs, np.repeat(np.arange(48), 128), int(0.3 * groups * QWEN3_COSTS[-1])
+    return values, costs, np.repeat(np.arange(layers), experts), int(ratio * groups * QWEN3_COSTS[-1])
+
+
+def highs(
+    values: np.ndarray,
+    costs: np.ndarray,
+    budget: int,
+    *,
+    floor: np.ndarray,
+    layer: np.ndarray,
+    allowed: np.ndarray | None = None,
+) -> float:
+    """The optimum of `solve_mckp`'s problem by scipy.optimize.milp."""
+    groups, options = costs.shape
+    cells = np.arange(groups * options)
+    unit = int(np.gcd.reduce(costs[costs > 0]))
+    one = coo_array((np.ones(len(cells)), (cells // options, cells)))
+    price = coo_array((costs / unit).reshape(1, -1))
+    kept = coo_array(((costs > 0).ravel().astype(float), (np.repeat(layer, options), cells)))
+    # Rows: one option a group, the price, the floor of every layer.
+    rows: Any = vstack([one, price, kept])
+    low: Any = np.r_[np.ones(groups), -np.inf, floor]
+    high: Any = np.r_[np.ones(groups), budget // unit, np.full(len(floor), np.inf)]
+    most: Any = 1.0 if allowed is None else allowed.ravel().astype(float)
+    result = milp(
+        -values.ravel(),
+        integrality=np.ones(len(cells)),
+        bounds=Bounds(0.0, most),  # pyright: ignore[reportArgumentType]
+        constraints=[LinearConstraint(rows, low, high)],
+        options={"mip_rel_gap": 0.0},
+    )
+    if result.status != 0:
+        raise RuntimeError(f"HiGHS: {result.message}")
+    return -float(result.fun)
 
 
 def separable(groups: int, seed: int, options: int = 6) -> Problem:

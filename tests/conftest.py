@@ -13,6 +13,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and the
 for _name in ("FORCE_COLOR", "COLUMNS", "MOE_RCO_DEBUG"):
     os.environ.pop(_name, None)
 
+from moe_rco.adapters import FAMILIES  # noqa: E402
+from tests.calibrated import Calibration, calibration_of  # noqa: E402
+
 MINIMAL = """\
 version: 1
 model: demo
@@ -30,3 +33,9 @@ def recipe_file(tmp_path: Path) -> Path:
     path = tmp_path / "mine.yaml"
     path.write_text(MINIMAL, encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def ready(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Calibration:
+    """A tiny model of every family, calibrated and quantised."""
+    return calibration_of(request.param, tmp_path_factory.mktemp("calibrated"))

@@ -9,10 +9,10 @@ import torch
 from moe_rco.baselines import linear_losses
 from moe_rco.calib.reference import divergence
 from moe_rco.types import Silent
-from tests.calib.test_search import Calibration, ready  # noqa: F401
+from tests.calibrated import Calibration
 
 
-def test_coefficients_are_measured_and_errors_are_relative(ready: Calibration) -> None:  # noqa: F811
+def test_coefficients_are_measured_and_errors_are_relative(ready: Calibration) -> None:
     model, pool, reference = ready.model, ready.pools[1], ready.calibrated.kept_out
     losses = linear_losses(model, pool, reference, Silent())
     table, bank = model.table, model.layer_bank(model.table.layers[0])

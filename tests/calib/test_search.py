@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,54 +10,14 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from moe_rco.adapters import FAMILIES, get_adapter
-from moe_rco.calib.bank import LayerBank, OptionBank
-from moe_rco.calib.calibrate import Calibrated, calibrate
-from moe_rco.calib.data import TokenPool
-from moe_rco.calib.fisher import fisher_effects
+from moe_rco.calib.bank import LayerBank
 from moe_rco.calib.losses import KeptOut, _rows, batch_losses, row_losses
-from moe_rco.calib.objective import AssignedModel
 from moe_rco.calib.reference import divergence
-from moe_rco.calib.runner import Runner
 from moe_rco.calib.search import REFINED, SEARCHES, SEED, find, knapsack
-from moe_rco.ckpt.reader import Checkpoint
 from moe_rco.ckpt.store import Store
 from moe_rco.recipe import Search
 from moe_rco.types import Assignment, Budget, Option, Silent
-from tests.compressed import table_of
-from tests.tiny_models import save_tiny
-
-CPU = torch.device("cpu")
-OPTIONS = ("prune", "int3-g64", "int4-g64", "bf16")
-
-
-@dataclass
-class Calibration:
-    model: AssignedModel
-    store: Store
-    pools: tuple[TokenPool, TokenPool]
-    calibrated: Calibrated
-    q: np.ndarray
-
-
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
-def ready(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Calibration:
-    place = tmp_path_factory.mktemp("search")
-    checkpoint = Checkpoint(save_tiny(request.param, place / "model"))
-    adapter = get_adapter(checkpoint.config)
-    table = table_of(checkpoint, OPTIONS)
-    bank = OptionBank(checkpoint, adapter, table, CPU, torch.float32)
-    runner = Runner(checkpoint, adapter, CPU, torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    pools = tuple(
-        TokenPool(torch.randint(0, 96, (n, 16), generator=generator), ("random",) * n) for n in (24, 8)
-    )
-    store = Store(place / "store", "tiny")
-    original = AssignedModel(runner, adapter, checkpoint.config, bank)
-    calibrated = calibrate(original, store, (pools[0], pools[1]), "gptq", Silent())
-    model = AssignedModel(runner, adapter, checkpoint.config, bank, store)
-    q = fisher_effects(model, pools[0], 0, Silent())
-    return Calibration(model, store, (pools[0], pools[1]), calibrated, q)
+from tests.calibrated import CPU, Calibration
 
 
 def test_gptq_beats_rounding_on_the_calibration_tokens(ready: Calibration) -> None:

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
+from eval.synthetic import qwen3_instance
+
 
 def examples(count: int) -> settings:
     """So many examples, however long each takes: the machine may be busy."""
@@ -140,17 +142,6 @@ def small_knapsack(rng: np.random.Generator) -> Knapsack:
 
 def large_knapsack(seed: int, layers: int = 8, experts: int = 32, ratio: float = 0.3) -> Knapsack:
     """Layers of experts with real byte costs and losses that fall with precision."""
-    rng = np.random.default_rng(seed)
-    groups = layers * experts
-    costs = np.tile(73728 * np.array([0, 17, 25, 33, 65, 128]), (groups, 1))
-    importance = rng.lognormal(0, 2, (groups, 1))
-    decay = np.array([1, 0.25, 0.06, 0.015, 6e-5, 0])
-    values = -importance * decay * rng.lognormal(0, 0.3, (groups, 6))
-    return Knapsack(
-        values,
-        costs,
-        int(ratio * groups * 128 * 73728),
-        np.full(layers, experts // 8),
-        np.repeat(np.arange(layers), experts),
-        np.ones(costs.shape, bool),
-    )
+    values, costs, layer, budget = qwen3_instance(seed, layers, experts, ratio)
+    floor = np.full(layers, experts // 8)
+    return Knapsack(values, costs, budget, floor, layer, np.ones(costs.shape, bool))

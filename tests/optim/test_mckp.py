@@ -9,9 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import coo_array, vstack
 
+from eval.synthetic import highs
 from moe_rco.errors import BudgetError, UserError
 from moe_rco.optim import MCKPSolution, mckp, solve_mckp
 from tests.optim.problems import Knapsack, examples, large_knapsack, small_knapsack
@@ -67,27 +66,6 @@ def test_floors_that_bind_in_every_layer():
         assert_exact(problem)
 
 
-def highs(problem: Knapsack) -> float:
-    """The optimum by scipy.optimize.milp."""
-    groups, options = problem.costs.shape
-    cells = np.arange(groups * options)
-    one = coo_array((np.ones(len(cells)), (cells // options, cells)))
-    cost = coo_array((problem.costs / problem.costs.max()).reshape(1, -1))
-    keep = coo_array(((problem.costs > 0).ravel().astype(float), (np.repeat(problem.layer, options), cells)))
-    rows = vstack([one, cost, keep])
-    low = np.r_[np.ones(groups), 0, problem.floor]
-    high = np.r_[np.ones(groups), problem.budget / problem.costs.max(), np.full(len(problem.floor), np.inf)]
-    result = milp(
-        -problem.values.ravel(),
-        constraints=LinearConstraint(rows, low, high),
-        integrality=np.ones(len(cells)),
-        bounds=Bounds(np.zeros(len(cells)), problem.allowed.ravel().astype(float)),  # pyright: ignore
-        options={"mip_rel_gap": 0.0},
-    )
-    assert result.status == 0
-    return -result.fun
-
-
 @pytest.mark.parametrize("seed", range(6))
 def test_equals_highs(seed):
     problem = large_knapsack(seed, ratio=[0.5, 0.3, 0.13, 0.05, 0.03, 0.02][seed])
@@ -100,7 +78,9 @@ def test_equals_highs(seed):
     solution = solve(problem)
     assert solution.status == "optimal"
     assert problem.feasible(solution.choice)
-    assert solution.value == pytest.approx(highs(problem), rel=1e-7)
+    assert solution.value == pytest.approx(
+        highs(problem.values, problem.costs, problem.budget, **problem.arguments()), rel=1e-7
+    )
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.2, 0.05, 0.02])
