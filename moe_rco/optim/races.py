@@ -25,9 +25,9 @@ Losses = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float64]]
 """(choice [N], rows [n] of the data) to the loss on each of these rows [n]."""
 
 RACES = "races"
-_FIRST, _DOUBTFUL, _ENOUGH, _CLEAR = 8, 32, 64, 2.5
+_FIRST, _DOUBTFUL, _ENOUGH, _CLEAR, _LAST = 8, 32, 64, 2.5, 2.0
 """Rows of the first heat; below how many a challenger may be behind by a standard error; from how many on a lead of
-so many standard errors wins. After all rows one of a single standard error does."""
+so many standard errors wins; after all rows one of so many."""
 _DRAWS, _BLIND = 48, 16
 """Draws before it is said that there is nothing new; from which one on they disregard what was measured, as it may have
 been understood wrongly."""
@@ -163,7 +163,7 @@ class _Run:
             changes = (found - self._known)[order[:done]]
             change, error = float(changes.mean()), float(changes.std() / math.sqrt(done))
             if done == len(order):
-                return found, change, error, change < -error
+                return found, change, error, change < -_LAST * error
             if change > (error if done < _DOUBTFUL else 0.0):
                 return found, change, error, False
             if done >= _ENOUGH and change < -_CLEAR * error:
