@@ -10,7 +10,6 @@ rerun does only what is missing.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 import shlex
@@ -18,7 +17,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal
 from unittest.mock import patch
@@ -27,15 +25,13 @@ import numpy as np
 import torch
 
 from eval.estimator_variants import Pruning, Width, estimator
-from eval.prepared import MODELS, inputs_of, recipe_of, subject
-from eval.quality import Judge
+from eval.posed import Posed, options, pose
+from eval.prepared import inputs_of, recipe_of
 from eval.results_file import Results
-from moe_rco.baselines import starting_points
-from moe_rco.calib.losses import KeptOut, SampledLoss
-from moe_rco.calib.search import SEED, feasible, knapsack, start_logits
+from moe_rco.calib.losses import SampledLoss
+from moe_rco.calib.search import feasible, start_logits
 from moe_rco.optim import minimize
 from moe_rco.optim.gumbel import gumbel_noise
-from moe_rco.recipe import Search
 from moe_rco.types import Assignment
 
 PROBLEMS = {
@@ -120,41 +116,23 @@ def _noise(antithetic: bool) -> Iterator[None]:
             yield
 
 
-class Problem:
-    """One problem of one model and seed, ready for every variant."""
-
-    def __init__(self, name: str, seed: int, problem: str) -> None:
-        settings, ratio = PROBLEMS[problem]
-        recipe = recipe_of(name, seed, [*settings, f"budget={{ratio: {ratio}}}"])
-        found = subject(name, recipe_of(name, seed, settings))
-        self._judge, self._prepared, self._search = Judge(found), found.prepared, recipe.search
-        model, calibrated = found.prepared.model, found.prepared.calibrated
-        self._budget = recipe.budget.resolve(model.table)
-        self._kept_out = KeptOut(model, found.prepared.pools[1], calibrated.kept_out)
-        points = {SEED: knapsack(found.prepared.effects, model.table, self._budget)}
-        points |= starting_points(model.table, self._budget, calibrated.usage, found.prepared.errors)
-        self._start = min(points.values(), key=lambda point: self._kept_out(point.choice))
-
-    def start(self) -> float:
-        return self._judge(self._start).all.kl
-
-    def solve(self, variant: Variant) -> float:
-        """Held-out KL of what a variant finds."""
-        table, q = self._prepared.model.table, self._prepared.effects
-        search: Search = self._search.model_copy(update={"samples": variant.samples, "batch": variant.batch})
-        steps = STEPS * SAMPLES * 4 // (variant.samples * variant.batch)
-        loss = Tried(
-            variant, self._prepared.model, q, self._prepared.pools[0], self._prepared.calibrated.train, search
-        )
-        with estimator(variant.pruning, variant.width), _noise(variant.antithetic):
-            result = minimize(
-                loss, torch.from_numpy(table.costs), self._budget.bytes, steps=steps, samples=variant.samples,
-                lr=search.learning_rate, tau=variant.tau, seed=search.seed, floor=table.floor, layer=table.layer,
-                feasible=feasible(table, self._budget), evaluate=self._kept_out,
-                evaluate_every=0 if variant.last else max(1, steps // 8),
-                init_logits=start_logits(q, self._start) if variant.start == "candidate" else None,
-            )  # fmt: skip
-        return self._judge(Assignment(table, result.choice)).all.kl
+def solve(at: Posed, variant: Variant) -> float:
+    """Held-out KL of what a variant finds."""
+    prepared, table = at.prepared, at.table
+    search = at.recipe.search.model_copy(update={"samples": variant.samples, "batch": variant.batch})
+    steps = STEPS * SAMPLES * 4 // (variant.samples * variant.batch)
+    loss = Tried(
+        variant, prepared.model, prepared.effects, prepared.pools[0], prepared.calibrated.train, search
+    )
+    with estimator(variant.pruning, variant.width), _noise(variant.antithetic):
+        result = minimize(
+            loss, torch.from_numpy(table.costs), at.budget.bytes, steps=steps, samples=variant.samples,
+            lr=search.learning_rate, tau=variant.tau, seed=search.seed, floor=table.floor, layer=table.layer,
+            feasible=feasible(table, at.budget), evaluate=at.kept_out,
+            evaluate_every=0 if variant.last else max(1, steps // 8),
+            init_logits=start_logits(prepared.effects, at.start) if variant.start == "candidate" else None,
+        )  # fmt: skip
+    return at.heldout(Assignment(table, result.choice))
 
 
 def render(records: Sequence[dict[str, Any]], command: str) -> str:
@@ -187,13 +165,7 @@ def render(records: Sequence[dict[str, Any]], command: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--output", type=Path, default=Path("eval/results/estimators.md"))
-    arguments = parser.parse_args()
+    arguments = options(__doc__, "estimators.md").parse_args()
     results = Results(arguments.output.with_suffix(".json"))
     records = []
     command = shlex.join(["python", "-m", "eval.estimators", *sys.argv[1:]])
@@ -208,10 +180,10 @@ def main() -> None:
         if not missing:
             continue
         print(f"{name}, seed {seed}, {problem}", flush=True)
-        at = Problem(name, seed, problem)
-        record["kl"]["start"] = at.start()
+        at = pose(name, seed, settings, ratio)
+        record["kl"]["start"] = at.heldout(at.start)
         for variant in missing:
-            record["kl"][variant] = at.solve(VARIANTS[variant])
+            record["kl"][variant] = solve(at, VARIANTS[variant])
             print(f"  {variant}: {record['kl'][variant]:.5f}", flush=True)
             results.put(record)
             arguments.output.write_text(render(records, command), encoding="utf-8")

@@ -10,21 +10,19 @@ ends early where no swap is left, and takes what is better on the calibration te
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import shlex
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from eval.prepared import MODELS, Lines, inputs_of, recipe_of, subject
-from eval.quality import Judge
+from eval.posed import options, pose
+from eval.prepared import Lines, inputs_of, recipe_of
 from eval.results_file import Results
-from moe_rco.calib.losses import KeptOut, row_losses
+from moe_rco.calib.losses import row_losses
 from moe_rco.calib.search import feasible
 from moe_rco.optim.posterior import Posterior
 from moe_rco.optim.races import _Run
@@ -59,18 +57,15 @@ class Swaps(_Run):
         return next(self._left, None)
 
 
-def search(name: str, problem: str, minutes: float) -> list[dict[str, float]]:
+def search(name: str, seed: int, problem: str, minutes: float) -> list[dict[str, float]]:
     """KL by minute: on calibration text, on what was kept out of the search before, and held out."""
     settings, ratio = PROBLEMS[problem]
-    recipe = recipe_of(name, 0, [*settings, f"budget={{ratio: {ratio}}}"])
-    ready = subject(name, recipe_of(name, 0, settings))
-    prepared, table = ready.prepared, ready.prepared.model.table
-    budget, judge = recipe.budget.resolve(table), Judge(ready)
-    start = choose(prepared, budget, recipe, Lines()).best.assignment.choice
+    at = pose(name, seed, settings, ratio)
+    prepared, table = at.prepared, at.table
+    start = choose(prepared, at.budget, at.recipe, Lines()).best.assignment.choice
     losses = row_losses(prepared.model, prepared.pools[0], prepared.calibrated.train)
-    kept_out = KeptOut(prepared.model, prepared.pools[1], prepared.calibrated.kept_out)
     blank = _Blank(np.zeros(table.costs.shape), np.zeros(table.costs.shape))
-    run = Swaps(losses, len(prepared.pools[0]), feasible(table, budget), start, blank, [], None, 0)
+    run = Swaps(losses, len(prepared.pools[0]), feasible(table, at.budget), start, blank, [], None, seed)
     run.options = len(table.options)
     points: list[dict[str, float]] = []
 
@@ -83,8 +78,8 @@ def search(name: str, problem: str, minutes: float) -> list[dict[str, float]]:
                 "races": len(run.history),
                 "moved": int((run.best != start).sum()),
                 "train": float(losses(run.best, every).mean()),
-                "kept_out": kept_out(run.best),
-                "held_out": judge(Assignment(table, run.best)).all.kl,
+                "kept_out": at.kept_out(run.best),
+                "held_out": at.heldout(Assignment(table, run.best)),
             }
         )
         print(f"  {points[-1]}", flush=True)
@@ -108,7 +103,7 @@ def render(records: list[dict[str, Any]], command: str) -> str:
     for record in records:
         lines += [
             "",
-            f"## {record['model']}, {record['method']}\n",
+            f"## {record['model']}, seed {record['seed']}, {record['method']}\n",
             "| minutes | sequences run | races | groups moved | calibration | kept out | held out |",
             "|--:|--:|--:|--:|--:|--:|--:|",
         ]
@@ -121,22 +116,19 @@ def render(records: list[dict[str, Any]], command: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["mixtral"])
+    parser = options(__doc__, "long_search.md")
+    parser.set_defaults(models=["mixtral"], seeds=[0])
     parser.add_argument("--minutes", type=float, default=60.0)
-    parser.add_argument("--output", type=Path, default=Path("eval/results/long_search.md"))
     arguments = parser.parse_args()
     results, records = Results(arguments.output.with_suffix(".json")), []
-    for name, problem in itertools.product(arguments.models, PROBLEMS):
+    for name, seed, problem in itertools.product(arguments.models, arguments.seeds, PROBLEMS):
         settings, ratio = PROBLEMS[problem]
-        key, inputs = (name, ratio, 0, problem), inputs_of(recipe_of(name, 0, settings))
+        key, inputs = (name, ratio, seed, problem), inputs_of(recipe_of(name, seed, settings))
         record = results.get(key, inputs)
         if record is None:
-            print(f"{name}, {problem}", flush=True)
-            record = {"model": name, "ratio": ratio, "seed": 0, "method": problem, "inputs": inputs}
-            record["points"] = search(name, problem, arguments.minutes)
+            print(f"{name}, seed {seed}, {problem}", flush=True)
+            record = {"model": name, "ratio": ratio, "seed": seed, "method": problem, "inputs": inputs}
+            record["points"] = search(name, seed, problem, arguments.minutes)
             results.put(record)
         records.append(record)
         command = shlex.join(["python", "-m", "eval.long_search", *sys.argv[1:]])

@@ -123,14 +123,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 0.35, 0.25])
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 0.35, 0.25, 0.2, 0.13])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--output", type=Path, default=Path("eval/results/quality.md"))
+    parser.add_argument(
+        "--known", action="store_true", help="make the table of the results there are, no more"
+    )
     arguments = parser.parse_args()
     results = Results(arguments.output.with_suffix(".json"))
-    for name in arguments.models:
+    for name in [] if arguments.known else arguments.models:
         for seed in arguments.seeds:
             measure_model(name, seed, arguments.ratios, arguments.settings, arguments.methods, results)
     records = []
@@ -138,7 +141,8 @@ def main() -> None:
         inputs = inputs_of(recipe_of(name, seed, arguments.settings))
         keys = itertools.product([name], arguments.ratios, [seed], METHODS)
         records += [record for key in keys if (record := results.get(key, inputs))]
-    command = shlex.join(["python", "-m", "eval.quality", *sys.argv[1:]])
+    given = [argument for argument in sys.argv[1:] if argument != "--known"]
+    command = shlex.join(["python", "-m", "eval.quality", *given])
     table = render(records, METHODS, command)
     arguments.output.write_text(table, encoding="utf-8")
     print(table)

@@ -51,6 +51,7 @@ def _summary(records: Records, cases: list[tuple[str, float]], methods: Sequence
         "| model | budget | best rival | its KL | Fisher seed | RCO | RCO / rival | RCO - Fisher | verdict |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
+    over_seed: dict[tuple[str, float], float] = {}
     for case in cases:
         by_method = {m: [r["kl"] for r in _of(records, case, m)] for m in methods}
         rivals = {m: v for m, v in by_method.items() if v and m not in (FISHER, RCO)}
@@ -68,7 +69,13 @@ def _summary(records: Records, cases: list[tuple[str, float]], methods: Sequence
             f"| {case[0]} | {case[1]:.0%} | {rival} | {theirs:.5f} | {_figure(fisher)} | {_figure(rco)} | "
             f"{ours / theirs:.2f} | {statistics.mean(pairs):+.5f} +- {_spread(pairs):.5f} | {verdict} |"
         )
-    return [*lines, ""]
+        over_seed[case] = ours / statistics.mean(fisher)
+    small = [ratio for case, ratio in over_seed.items() if case[1] <= 0.25]
+    means = [(f"the {len(over_seed)} rows", list(over_seed.values()))]
+    if 0 < len(small) < len(over_seed):
+        means.append((f"the {len(small)} at 25 % and below", small))
+    text = ", ".join(f"{statistics.mean(ratios):.3f} over {rows}" for rows, ratios in means if ratios)
+    return [*lines, "", *([f"RCO / Fisher seed on average: {text}.", ""] if text else [])]
 
 
 def _figure(values: Sequence[float]) -> str:

@@ -9,22 +9,18 @@ a JSON file beside the table; a rerun does only what is missing.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from eval.prepared import MODELS, Lines, inputs_of, recipe_of, subject
-from eval.quality import Judge
+from eval.posed import options, pose
+from eval.prepared import Lines, inputs_of, recipe_of
 from eval.results_file import Results
-from moe_rco.baselines import starting_points
-from moe_rco.calib.losses import KeptOut
-from moe_rco.calib.search import REFINED, SEED, find, knapsack
+from moe_rco.calib.search import REFINED, SEED, find
 from moe_rco.recipe import SearchMethod
 
 PROBLEMS = {
@@ -46,37 +42,28 @@ START = "start"
 def measure(name: str, seed: int, problem: str, results: Results) -> None:
     """All parts on one problem of one model and seed."""
     settings, ratio = PROBLEMS[problem]
-    recipe = recipe_of(name, seed, [*settings, f"budget={{ratio: {ratio}}}"])
-    inputs = f"{inputs_of(recipe)} {problem}"
+    inputs = f"{inputs_of(recipe_of(name, seed, settings))} {problem}"
     if results.get(key := (name, ratio, seed, problem), inputs) is not None:
         return
     print(f"{name}, seed {seed}, {problem}", flush=True)
-    ready = subject(name, recipe_of(name, seed, settings))
-    judge, prepared, table = Judge(ready), ready.prepared, ready.prepared.model.table
-    budget, references = (
-        recipe.budget.resolve(table),
-        (prepared.calibrated.train, prepared.calibrated.kept_out),
-    )
-    kept_out = KeptOut(prepared.model, prepared.pools[1], references[1])
-    points = {SEED: knapsack(prepared.effects, table, budget)}
-    points |= starting_points(table, budget, prepared.calibrated.usage, prepared.errors)
-    start = min(points.values(), key=lambda point: kept_out(point.choice))
-    ends = {SEED: points[SEED], START: start}
+    at = pose(name, seed, settings, ratio)
+    prepared, references = at.prepared, (at.prepared.calibrated.train, at.prepared.calibrated.kept_out)
+    ends = {SEED: at.fisher, START: at.start}
     for part, (method, steps, races) in PARTS.items():
-        search = recipe.search.model_copy(update={"method": method, "steps": steps, "refine": races})
+        search = at.recipe.search.model_copy(update={"method": method, "steps": steps, "refine": races})
         found = find(
             prepared.model,
-            budget,
+            at.budget,
             prepared.effects,
             prepared.pools,
             references,
             search,
-            {START: start},
+            {START: at.start},
             Lines(),
         )
         made = {candidate.name: candidate.assignment for candidate in found.candidates}
         ends[part] = made[REFINED if races else method]
-    kl = {part: judge(assignment).all.kl for part, assignment in ends.items()}
+    kl = {part: at.heldout(assignment) for part, assignment in ends.items()}
     print("  " + ", ".join(f"{part} {value:.5f}" for part, value in kl.items()), flush=True)
     results.put(
         dict(zip(("model", "ratio", "seed", "method"), key, strict=True)) | {"inputs": inputs, "kl": kl}
@@ -107,13 +94,7 @@ def render(records: Sequence[dict[str, Any]], command: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--output", type=Path, default=Path("eval/results/search_parts.md"))
-    arguments = parser.parse_args()
+    arguments = options(__doc__, "search_parts.md").parse_args()
     results = Results(arguments.output.with_suffix(".json"))
     records = []
     for name, seed, problem in itertools.product(arguments.models, arguments.seeds, PROBLEMS):
