@@ -22,6 +22,7 @@ from moe_rco.baselines import output_errors
 from moe_rco.calib.data import TokenPool
 from moe_rco.calib.fisher import log_likelihood_of_samples
 from moe_rco.calib.losses import KeptOut
+from moe_rco.calib.objective import Pass
 from moe_rco.calib.reference import Reference
 
 TEMPERATURES = (1.0, 1.5, 2.0, 4.0, 8.0)
@@ -34,10 +35,12 @@ def predictions(found: Subject, pool: TokenPool, seed: int) -> dict[str, np.ndar
     model, usage = found.prepared.model, found.prepared.calibrated.usage
     named: dict[str, np.ndarray] = {}
     for temperature in TEMPERATURES:
-        loss = log_likelihood_of_samples(torch.Generator().manual_seed(seed), temperature)
+        draws = torch.rand(pool.ids.shape, generator=torch.Generator().manual_seed(seed))
         total = np.zeros(model.table.costs.shape)
-        for _, ids in pool.batches(8):
-            total += 0.5 * model.effects(None, ids, loss)[1].squared * len(ids) / len(pool)
+        for part, ids in pool.batches(8):
+            loss = log_likelihood_of_samples(draws[part], temperature)
+            ((_, effects),) = model.effects([Pass(None, loss)], ids)
+            total += 0.5 * effects.squared * len(ids) / len(pool)
         named[f"second order, T = {temperature:g}"] = total
     named["output error / block's output"] = output_errors(model, pool, Lines()).losses("block")
     for name, scores in (("REAP", usage.saliency), ("frequency", usage.counts)):
@@ -56,7 +59,8 @@ def report(found: Subject, seed: int) -> str:
     sample = pool.every(STRIDE)
     reference = Reference.empty(len(sample), sample.ids.shape[1], model.runner.vocab_size)
     for part, ids in sample.batches(8):
-        reference.fill(part, model.hidden(ids), model.runner.logits)
+        for row, logits in enumerate(model.runner.logits(model.hidden(ids)), part.start):
+            reference.fill(row, slice(None), logits)
     judge = KeptOut(model, sample, reference)
     original = len(table.options)
 

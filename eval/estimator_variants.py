@@ -45,10 +45,10 @@ class _Scaled(LayerState):
 def _forward_scaled(state: LayerState, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     if state.observe is None:
         return _forward(state, x, logits)  # judged as deployed
-    whole = tuple(state.bank.original if o == state.bank.prune_index else o for o in state.choice)
+    whole = tuple(state.bank.original if o == state.bank.prune_index else o for o in state.choices[0])
     parts = {name: getattr(state, name) for name in ("bank", "top_k", "renormalise", "observe", "stride")}
-    scaled = _Scaled(choice=whole, present=state.kept, **parts)
-    with patch("moe_rco.calib.moe.route", _scaled_routing(state.kept)):
+    scaled = _Scaled(choices=(whole,), present=state.kept[0], **parts)
+    with patch("moe_rco.calib.moe.route", _scaled_routing(state.kept[0])):
         return _forward(scaled, x, logits)
 
 
@@ -73,9 +73,9 @@ def estimator(pruning: Pruning, width: Width) -> Iterator[None]:
 
 def _observer(pruning: Pruning, width: Width) -> Observer:
     def observed(state: LayerState, sums: EffectSums, tokens: Tokens) -> None:
-        exact = EffectSums.zeros(len(state.choice), state.bank.original)
+        exact = EffectSums.zeros(len(state.choices[0]), state.bank.original)
         observe(state, exact, tokens)
-        linear, present = exact.linear, getattr(state, "present", state.kept)
+        linear, present = exact.linear[0], getattr(state, "present", state.kept[0])
         if pruning != "routed again":
             out, back = _PRUNING[pruning](state, tokens)
             if state.bank.prune_index is not None:
@@ -106,8 +106,8 @@ def _score(state: LayerState, tokens: Tokens, expert: int, rows: torch.Tensor) -
 
 
 def _inside(state: LayerState, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
-    experts, logits = len(state.choice), tokens.logits.float()
-    masked = logits.masked_fill(~state.kept, float("-inf"))
+    experts, logits = len(state.choices[0]), tokens.logits.float()
+    masked = logits.masked_fill(~state.kept[0], float("-inf"))
     p = torch.softmax(masked, -1)
     mass = p.gather(1, tokens.ids)
     total = mass.sum(-1, keepdim=True) if state.renormalise else torch.ones_like(mass[:, :1])
@@ -117,7 +117,7 @@ def _inside(state: LayerState, tokens: Tokens) -> tuple[torch.Tensor, torch.Tens
         out -= (p * now).scatter(1, tokens.ids, 0.0).double().sum(0)
     back = torch.zeros(experts, dtype=torch.float64)
     ratio = (logits - torch.logsumexp(masked, -1, keepdim=True)).exp()
-    for expert in (~state.kept).nonzero().flatten().tolist():
+    for expert in (~state.kept[0]).nonzero().flatten().tolist():
         r = ratio[:, expert]
         rows = (r > mass[:, -1]).nonzero().flatten()
         came = r[rows] / total[rows, 0] * _score(state, tokens, expert, rows)
@@ -127,19 +127,19 @@ def _inside(state: LayerState, tokens: Tokens) -> tuple[torch.Tensor, torch.Tens
 
 
 def _union(state: LayerState, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
-    weights, _ = route(tokens.logits, state.top_k, state.renormalise, state.kept)
-    out = _summed(tokens.ids, weights * tokens.score, len(state.choice))
+    weights, _ = route(tokens.logits, state.top_k, state.renormalise, state.kept[0])
+    out = _summed(tokens.ids, weights * tokens.score, len(state.choices[0]))
     weights, ids = route(tokens.logits, state.top_k, state.renormalise)
     back = torch.zeros_like(out)
-    for expert, (rows, slot) in enumerate(by_expert(ids, len(state.choice))):
-        if len(rows) and not state.kept[expert]:
+    for expert, (rows, slot) in enumerate(by_expert(ids, len(state.choices[0]))):
+        if len(rows) and not state.kept[0, expert]:
             back[expert] = (weights[rows, slot] * _score(state, tokens, expert, rows)).double().sum()
     return out, back
 
 
 def _scaled(state: LayerState, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
     weights, _ = route(tokens.logits, state.top_k, state.renormalise)
-    every = _summed(tokens.ids, weights * tokens.score, len(state.choice))
+    every = _summed(tokens.ids, weights * tokens.score, len(state.choices[0]))
     return every, every
 
 
@@ -149,20 +149,20 @@ _PRUNING = {"inside": _inside, "union": _union, "scaled": _scaled}
 def _weight_products(state: LayerState, tokens: Tokens) -> torch.Tensor:
     """<dL/dW, W_k - W_now> of every kept expert and option [E, K]."""
     bank, prune = state.bank, state.bank.prune_index
-    weights, _ = route(tokens.logits, state.top_k, state.renormalise, state.kept)
-    products = torch.zeros(len(state.choice), bank.original, dtype=torch.float64)
-    for expert, (rows, slot) in enumerate(by_expert(tokens.ids, len(state.choice))):
+    weights, _ = route(tokens.logits, state.top_k, state.renormalise, state.kept[0])
+    products = torch.zeros(len(state.choices[0]), bank.original, dtype=torch.float64)
+    for expert, (rows, slot) in enumerate(by_expert(tokens.ids, len(state.choices[0]))):
         if not len(rows):
             continue
         x, g = tokens.x[rows], tokens.g[rows] * weights[rows, slot, None]
-        gate_up, down = bank.weights(expert, state.choice[expert])
+        gate_up, down = bank.weights(expert, state.choices[0][expert])
         with torch.enable_grad():
             before = F.linear(x, gate_up).requires_grad_()
             hidden = bank.gated(before)
         (grad,) = torch.autograd.grad(hidden, before, g @ down)
         inside, outside = grad.T @ x, g.T @ hidden.detach()
         for option in [*bank.quantities, *([] if prune is None else [prune])]:
-            if option == state.choice[expert]:
+            if option == state.choices[0][expert]:
                 continue
             there = (0.0, 0.0) if option == prune else bank.weights(expert, option)
             moved = (inside * (there[0] - gate_up)).sum() + (outside * (there[1] - down)).sum()

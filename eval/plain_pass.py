@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from eval.prepared import Subject
 from moe_rco.adapters import route
-from moe_rco.calib.bank import LayerBank
+from moe_rco.calib.bank import LayerBank, StackedLayer
 from moe_rco.calib.dispatch import by_expert
 from moe_rco.calib.runner import Runner
 
@@ -31,20 +31,28 @@ def our_runner(subject: Subject) -> Pass:
     bank, device = model.bank, model.runner.device
     # A runner of its own: the search's must go on without weight gradients.
     runner = Runner(subject.prepared.checkpoint, subject.sized.adapter, device, model.runner.dtype)
-    for module in (runner._decoder, runner._head):
-        module.requires_grad_(True)
+    for leaf in leaves(runner):
+        leaf.requires_grad_()
     experts = {
-        layer: _LeafExperts(bank.original(layer), model.top_k, model.renormalise)
-        for layer in model.table.layers
+        layer: _LeafExperts(bank.layer(layer), model.top_k, model.renormalise) for layer in model.table.layers
     }
 
     def run(ids: torch.Tensor) -> None:
         h = runner.run(ids, lambda layer, x, logits: experts[layer](x, logits))
         next_token_loss(runner.logits(h), ids).backward()
-        for module in (runner._decoder, runner._head, *experts.values()):
+        for leaf in leaves(runner):
+            leaf.grad = None
+        for module in experts.values():
             module.zero_grad(set_to_none=True)
 
     return run
+
+
+def leaves(runner: Runner) -> list[torch.Tensor]:
+    """All weights of the dense part."""
+    outer = [weight for weight in (runner._embedding, runner._head) if weight is not None]
+    inner = [p for _, layer in runner.layers() for p in layer.parameters()]
+    return [*outer, *runner._norm.parameters(), *inner]
 
 
 def our_runner_frozen(subject: Subject) -> Pass:
@@ -84,6 +92,8 @@ class _LeafExperts(nn.Module):
 
     def __init__(self, bank: LayerBank, top_k: int, renormalise: bool) -> None:
         super().__init__()
+        if not isinstance(bank, StackedLayer):
+            raise TypeError("needs all of a layer's experts in memory")
         gate_up, down = bank.stacks[bank.original]
         self.gate_up = nn.ParameterList([nn.Parameter(weight.clone()) for weight in gate_up])
         self.down = nn.ParameterList([nn.Parameter(weight.clone()) for weight in down])

@@ -35,7 +35,7 @@ from eval.prepared import MODELS, Lines, Subject, inputs_of, recipe_of
 from eval.published_table import render
 from eval.quality import Judge
 from eval.results_file import Results
-from moe_rco.calib.bank import LayerBank
+from moe_rco.calib.bank import LayerBank, StackedLayer
 from moe_rco.calib.data import heldout_pool, load_tokenizer
 from moe_rco.calib.objective import AssignedModel
 from moe_rco.ckpt.locate import fetch_model
@@ -99,7 +99,7 @@ class WithoutFloor(AssignedModel):
 
     def layer_bank(self, layer: int) -> LayerBank:
         bank = super().layer_bank(layer)
-        if bank.prune_index is None:
+        if bank.prune_index is None or not isinstance(bank, StackedLayer):
             return bank
         gate_up, down = bank.stacks[bank.original]
         nothing = torch.zeros_like(gate_up), torch.zeros_like(down)

@@ -7,10 +7,8 @@ import torch
 
 from moe_rco.calib.data import TokenPool
 from moe_rco.calib.objective import AssignedModel
-from moe_rco.calib.reference import Reference, divergence
+from moe_rco.calib.reference import Reference
 from moe_rco.types import Progress
-
-BATCH = 8
 
 
 @torch.no_grad()
@@ -31,12 +29,8 @@ def linear_losses(
         for group, option in enumerate(probes):
             choice = unchanged.copy()
             choice[group] = option
-            total = 0.0
-            for part, ids in pool.batches(BATCH):
-                target = reference.of(part, model.runner.device)
-                for row, states in enumerate(model.hidden(ids, choice)):
-                    total += float(divergence(target.row(row), model.runner.logits(states)).double().sum())
-            coefficient = max(total, 0.0) / pool.ids.numel() / max(errors[group, option], 1e-300)
+            kl = float(model.divergences(choice, pool, reference).mean())
+            coefficient = max(kl, 0.0) / max(errors[group, option], 1e-300)
             losses[group] = coefficient * errors[group]
             advance(1)
     return losses

@@ -23,7 +23,6 @@ from moe_rco.calib.objective import AssignedModel
 from moe_rco.calib.search import knapsack
 from moe_rco.types import Assignment, Budget, CostTable, Progress
 
-BATCH = 8
 Scale = Literal["absolute", "block", "stream"]
 SCALES: tuple[Scale, ...] = ("absolute", "block", "stream")
 
@@ -61,15 +60,16 @@ def proxy(table: CostTable, budget: Budget, errors: OutputErrors, scale: Scale =
 def output_errors(model: AssignedModel, pool: TokenPool, progress: Progress) -> OutputErrors:
     """Measure every option of every expert on a pool. Raises StoreError where one is not quantised yet."""
     table, runner = model.table, model.runner
-    layers = {layer: _Layer(state) for layer, state in model.states(None).items()}
+    states = model.states([None])
+    layers = {layer: _Layer(state) for layer, state in states.items()}
 
     def experts(layer: int, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         return layers[layer].observe(x, logits)
 
     with progress.stage("measure output errors", len(pool)) as advance:
-        for _, ids in pool.batches(BATCH):
+        for _, ids in pool.batches(model.batch(pool.ids.shape[1])):
             h, context = runner.embed(ids.to(runner.device))
-            for index, layer in runner.layers():
+            for index, layer in model.walk(states, every=True):
                 h = runner.step(index, layer, h, context, experts)
                 if index in layers:
                     layers[index].stream += float(h.double().square().sum())
@@ -88,14 +88,14 @@ class _Layer:
 
     def __init__(self, state: LayerState) -> None:
         self._state = state
-        shape = (len(state.choice), state.bank.original + 1)
+        shape = (state.bank.num_experts, state.bank.original + 1)
         self.errors = torch.zeros(shape, dtype=torch.float64, device=state.bank.device)
         self.block = self.stream = 0.0
 
     def observe(self, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Run the original experts on x [T, H], adding what every option of every one would change."""
         state, k = self._state, self._state.top_k
-        experts = len(state.choice)
+        experts = state.bank.num_experts
         probabilities = torch.softmax(logits.float(), dim=-1)
         # One expert more than the model uses: it enters where one of the others is pruned.
         mass, ids = torch.topk(probabilities, min(k + 1, experts), dim=-1)

@@ -1,57 +1,84 @@
-"""The weights a search may choose from: the original experts and every option of them, dequantised a layer at a time."""
+"""The weights a search may choose from: the original experts and every option of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from transformers.activations import ACT2FN
 
 from moe_rco.adapters import Adapter
+from moe_rco.calib.transfer import Mover
+from moe_rco.calib.window import Window
+from moe_rco.ckpt.data import read_tensor
+from moe_rco.ckpt.header import TensorInfo
 from moe_rco.ckpt.reader import Checkpoint
 from moe_rco.ckpt.store import Store
-from moe_rco.quant.packing import dequantize
-from moe_rco.types import CostTable, Option
+from moe_rco.errors import StoreError
+from moe_rco.quant.packing import PACKED, SCALE, SHAPE, WEIGHT, ZERO_POINT, dequantize
+from moe_rco.types import CostTable, Weight
 
 Stacked = tuple[torch.Tensor, torch.Tensor]
 """Gate and up joined [E, 2I, H], and down [E, H, I]."""
+Compact = tuple[Mapping[str, torch.Tensor], ...]
+"""Gate, up and down as they are on disk, by suffix."""
+Key = tuple[int, int, int]
+"""Layer, expert, and option of the cost table (or `original`)."""
 
 
 @dataclass(frozen=True)
-class LayerBank:
-    """The experts of one layer under every option. Index `original` stands for the unchanged weights."""
+class LayerBank(ABC):
+    """The experts of one layer under every option. Index `original` stands for the unchanged weights.
+
+    `quantities` are the indices of the options that keep an expert; none before anything was quantised.
+    """
 
     device: torch.device
     activation: Callable[[torch.Tensor], torch.Tensor]
     prune_index: int | None
-    stacks: dict[int, Stacked]
     original: int
-
-    @property
-    def quantities(self) -> list[int]:
-        """Indices of the options that keep an expert."""
-        return [option for option in self.stacks if option != self.original]
-
-    @property
-    def num_experts(self) -> int:
-        return len(self.stacks[self.original][0])
+    num_experts: int
+    quantities: tuple[int, ...]
 
     def gated(self, gate_up: torch.Tensor) -> torch.Tensor:
         """Gate and up projections [n, 2I] to what goes into the down projection, [n, I]."""
         gate, up = gate_up.chunk(2, dim=-1)
         return self.activation(gate) * up
 
+    @abstractmethod
     def weights(self, expert: int, option: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(gate and up [2I, H], down [H, I]) of one expert under an option."""
+
+
+@dataclass(frozen=True)
+class StackedLayer(LayerBank):
+    """All of a layer in memory."""
+
+    stacks: Mapping[int, Stacked]
+
+    def weights(self, expert: int, option: int) -> tuple[torch.Tensor, torch.Tensor]:
         gate_up, down = self.stacks[option]
         return gate_up[expert], down[expert]
 
 
-class OptionBank:
-    """Gives the experts of each layer under every option of a cost table, read from the model and the store.
+@dataclass(frozen=True)
+class StreamedLayer(LayerBank):
+    """One expert at a time, from a window over the files."""
 
-    Layers stay resident once read, in `dtype` on `device`.
+    layer: int
+    full: Callable[[Key], tuple[torch.Tensor, torch.Tensor]]
+
+    def weights(self, expert: int, option: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.full((self.layer, expert, option))
+
+
+class OptionBank:
+    """Gives the experts of each layer under every option of a cost table, in `dtype` on `device`.
+
+    Layers stay resident once read; or, with `window` bytes, experts are read when they are needed, held on `device` as they are
+    on disk while they fit, and made full one at a time.
     """
 
     def __init__(
@@ -61,59 +88,109 @@ class OptionBank:
         table: CostTable,
         device: torch.device,
         dtype: torch.dtype,
+        window: int | None = None,
     ) -> None:
         self.table, self.device, self.dtype = table, device, dtype
         self._checkpoint, self._adapter = checkpoint, adapter
         self._activation: Callable[[torch.Tensor], torch.Tensor] = ACT2FN[
             checkpoint.config.get("hidden_act", "silu")
         ]
-        self._originals: dict[int, Stacked] = {}
-        self._layers: dict[int, LayerBank] = {}
+        self._layers: dict[tuple[int, bool], LayerBank] = {}
+        self._store: Store | None = None
+        self._stored: dict[tuple[int, int], dict[str, TensorInfo]] = {}
+        self._mover = Mover(device)
+        self._window: Window[Key, Compact] | None = None
+        if window is not None:
+            self._window = Window(self._load, _nbytes, window)
 
-    def original(self, layer: int) -> LayerBank:
-        """A layer's unchanged experts only; needs no store."""
-        return self._bank(layer, {})
+    @property
+    def original(self) -> int:
+        """The index that stands for unchanged weights."""
+        return len(self.table.options)
 
-    def layer(self, layer: int, store: Store) -> LayerBank:
-        """A layer's experts under every option. Raises StoreError where the store lacks one."""
-        if layer not in self._layers:
-            kept = {i: option for i, option in enumerate(self.table.options) if not option.is_prune}
-            self._layers[layer] = self._bank(
-                layer, {index: self._stack(layer, option, store) for index, option in kept.items()}
-            )
-        return self._layers[layer]
+    @property
+    def streamed(self) -> bool:
+        return self._window is not None
 
-    def _bank(self, layer: int, stacks: dict[int, Stacked]) -> LayerBank:
-        original = len(self.table.options)
-        stacks = {**stacks, original: self._original(layer)}
-        return LayerBank(self.device, self._activation, self.table.prune_index, stacks, original)
+    def layer(self, layer: int, store: Store | None = None) -> LayerBank:
+        """A layer's experts: only the unchanged ones without a store. Raises StoreError where it lacks an option."""
+        key = (layer, store is not None)
+        if key not in self._layers:
+            self._layers[key] = self._made(layer, store)
+        return self._layers[key]
 
-    def _original(self, layer: int) -> Stacked:
-        if layer not in self._originals:
-            self._originals[layer] = self._join(layer, self._checkpoint.read)
-        return self._originals[layer]
+    def expect(self, keys: Iterable[Key]) -> None:
+        """Say which (layer, expert, option) are needed next, in this order."""
+        if self._window is not None:
+            self._window.expect(dict.fromkeys(map(self._source, keys)))
 
-    def _stack(self, layer: int, option: Option, store: Store) -> Stacked:
-        if not option.is_quantized:
-            gate_up, down = self._original(layer)
+    def _made(self, layer: int, store: Store | None) -> LayerBank:
+        original, rows = self.original, self.table.rows(layer)
+        self._store = store or self._store
+        kept = [i for i, option in enumerate(self.table.options) if not option.is_prune and store is not None]
+        facts = (self.device, self._activation, self.table.prune_index, original, len(rows), tuple(kept))
+        if self._window is not None:
+            for option in kept:  # that they are there and sound is to be known now, not in the middle
+                if self.table.options[option].is_quantized:
+                    self._infos(layer, option)
+            return StreamedLayer(*facts, layer, self._full)
+        plain = self._layers.get((layer, False))
+        stacks = (
+            dict(plain.stacks)
+            if isinstance(plain, StackedLayer)
+            else {original: self._stack(layer, original)}
+        )
+        for option in kept:
+            stacks[option] = self._stack(layer, option, stacks[original])
+        return StackedLayer(*facts, stacks)
+
+    def _stack(self, layer: int, option: int, originals: Stacked | None = None) -> Stacked:
+        if originals is not None and not self.table.options[option].is_quantized:
+            gate_up, down = originals
             return gate_up.bfloat16().to(self.dtype), down.bfloat16().to(self.dtype)
-        stored = store.read(layer, option)
+        pairs = [self._full((layer, expert, option)) for expert in range(len(self.table.rows(layer)))]
+        return torch.stack([gate_up for gate_up, _ in pairs]), torch.stack([down for _, down in pairs])
 
-        def weight(name: str) -> torch.Tensor:
-            prefix = name.removesuffix("weight")
-            tensors = {
-                key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)
-            }
-            return dequantize(tensors, option)
+    def _source(self, key: Key) -> Key:
+        """The key of what is read from disk for another: weights that are not quantised are made of the original ones."""
+        layer, expert, option = key
+        plain = option == self.original or not self.table.options[option].is_quantized
+        return (layer, expert, self.original) if plain else key
 
-        return self._join(layer, weight)
+    def _full(self, key: Key) -> tuple[torch.Tensor, torch.Tensor]:
+        source = self._source(key)
+        compact = self._load(source) if self._window is None else self._window.get(source)
+        if source[2] == self.original:
+            gate, up, down = (part[WEIGHT] for part in compact)
+            if source != key:  # an option, so written in bfloat16
+                gate, up, down = gate.bfloat16(), up.bfloat16(), down.bfloat16()
+            return torch.cat([gate, up]).to(self.dtype), down.to(self.dtype)
+        option = self.table.options[key[2]]
+        gate, up, down = (dequantize(part, option).to(self.dtype) for part in compact)
+        return torch.cat([gate, up]), down
 
-    def _join(self, layer: int, read: Callable[[str], torch.Tensor]) -> Stacked:
-        gate_up, down = [], []
-        for row in self.table.rows(layer):
-            gate, up, out = (
-                read(weight.name).to(self.device, self.dtype) for weight in self.table.groups[row].weights
-            )
-            gate_up.append(torch.cat([gate, up]))
-            down.append(out)
-        return torch.stack(gate_up), torch.stack(down)
+    def _load(self, key: Key) -> Compact:
+        layer, expert, option = key
+        weights = self.table.groups[self.table.rows(layer)[expert]].weights
+        if option == self.original:
+            return tuple({WEIGHT: self._mover(self._checkpoint.read(weight.name))} for weight in weights)
+        infos = self._infos(layer, option)
+        return tuple(self._part(infos, weight) for weight in weights)
+
+    def _part(self, infos: Mapping[str, TensorInfo], weight: Weight) -> dict[str, torch.Tensor]:
+        prefix = weight.name.removesuffix("weight")
+        found = {suffix: infos.get(prefix + suffix) for suffix in (PACKED, SCALE, ZERO_POINT)}
+        part = {suffix: self._mover(read_tensor(info)) for suffix, info in found.items() if info is not None}
+        return {**part, SHAPE: torch.tensor(weight.shape)}
+
+    def _infos(self, layer: int, option: int) -> dict[str, TensorInfo]:
+        if (layer, option) not in self._stored:
+            named = self.table.options[option]
+            if self._store is None:
+                raise StoreError(f"no store of quantised experts to read layer {layer} at {named} from")
+            self._stored[layer, option] = self._store.tensors(layer, named)
+        return self._stored[layer, option]
+
+
+def _nbytes(compact: Compact) -> int:
+    return sum(tensor.nbytes for part in compact for tensor in part.values())

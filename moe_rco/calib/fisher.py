@@ -16,24 +16,23 @@ import numpy as np
 import torch
 
 from moe_rco.calib.data import TokenPool
-from moe_rco.calib.objective import AssignedModel, HeadLoss
+from moe_rco.calib.objective import AssignedModel, HeadLoss, Pass
 from moe_rco.types import Progress
 
-BATCH = 8
 PRUNE_TEMPERATURE = 4.0
 
 
-def log_likelihood_of_samples(generator: torch.Generator, temperature: float = 1.0) -> HeadLoss:
-    """Sum over a sequence's positions of T log p(y), y ~ p = softmax(logits / T) drawn with `generator`.
+def log_likelihood_of_samples(uniform: torch.Tensor, temperature: float = 1.0) -> HeadLoss:
+    """Sum over a sequence's positions of T log p(y), y ~ p = softmax(logits / T) drawn by `uniform` [B, S] in [0, 1).
 
     Its gradient with respect to the logits has the covariance of p, diag(p) - p p^T.
     """
 
-    def loss(row: int, logits: torch.Tensor) -> torch.Tensor:
+    def loss(row: int, positions: slice, logits: torch.Tensor) -> torch.Tensor:
         log_p = torch.log_softmax(logits / temperature, -1)
         # By inversion of the distribution function: several times faster than torch.multinomial.
         cumulative = log_p.detach().exp().cumsum(-1)
-        mass = cumulative[:, -1:] * torch.rand(len(cumulative), 1, generator=generator, device=logits.device)
+        mass = cumulative[:, -1:] * uniform[row, positions, None].to(cumulative)
         drawn = torch.searchsorted(cumulative, mass, right=True).clamp_max(logits.shape[-1] - 1)
         return temperature * log_p.gather(-1, drawn).sum()
 
@@ -45,15 +44,20 @@ def fisher_effects(model: AssignedModel, pool: TokenPool, seed: int, progress: P
     table = model.table
     pruned = [option for option in range(len(table.options)) if option == table.prune_index]
     kept = [option for option in range(len(table.options)) if option != table.prune_index]
-    passes = [(kept, 1.0), (pruned, PRUNE_TEMPERATURE)] if pruned else [(kept, 1.0)]
+    wanted = [(kept, 1.0), (pruned, PRUNE_TEMPERATURE)] if pruned else [(kept, 1.0)]
     total, tokens = np.zeros(table.costs.shape), 0
-    generator = torch.Generator(device=model.runner.device).manual_seed(seed)
-    with progress.stage("measure every option", len(pool) * len(passes)) as advance:
-        for _, ids in pool.batches(BATCH):
-            for measured, temperature in passes:
-                loss = log_likelihood_of_samples(generator, temperature)
-                _, effects = model.effects(None, ids, loss, measured=measured)
+    with progress.stage("measure every option", len(pool)) as advance:
+        for part, ids in pool.batches(model.batch(pool.ids.shape[1], len(wanted))):
+            passes = []
+            for number, (measured, temperature) in enumerate(wanted):
+                # Of each sequence by itself, so that what is drawn does not depend on how many go together.
+                rows = range(part.start, part.start + len(ids))
+                draws = [np.random.default_rng((seed, row, number)).random(ids.shape[1]) for row in rows]
+                loss = log_likelihood_of_samples(torch.from_numpy(np.stack(draws)), temperature)
+                passes.append(Pass(None, loss, measured))
+            found = model.effects(passes, ids)
+            for (measured, _), (_, effects) in zip(wanted, found, strict=True):
                 total[:, measured] += effects.squared[:, measured] * ids.numel()
-                advance(len(ids))
             tokens += ids.numel()
+            advance(len(ids))
     return 0.5 * total / tokens

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from moe_rco.calib.data import TokenPool
-from moe_rco.calib.objective import AssignedModel
+from moe_rco.calib.objective import AssignedModel, Pass
 from moe_rco.calib.reference import Reference, divergence
 from moe_rco.optim.evolution import GROWTH
 from moe_rco.recipe import Search
-from moe_rco.types import Assignment
 
 STRIDE = 2
 
@@ -35,19 +34,25 @@ class SampledLoss:
         self._calls = 0
 
     def __call__(self, sample: torch.Tensor) -> torch.Tensor:
+        return self.together([sample])[0]
+
+    def together(self, samples: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The losses of several samples of one step."""
         rows = self.rows(self._calls // self._search.samples)
-        self._calls += 1
-        choice = sample.detach().argmax(1).numpy()
-        target = self._reference.of(rows, self._model.runner.device)
+        self._calls += len(samples)
+        target, ids = self._reference.of(rows, self._model.runner.device), self._pool.ids[rows]
 
-        def loss(row: int, logits: torch.Tensor) -> torch.Tensor:
-            return divergence(target.row(row), logits).sum()
+        def loss(row: int, positions: slice, logits: torch.Tensor) -> torch.Tensor:
+            return divergence(target.at(row, positions), logits).sum()
 
-        ids = self._pool.ids[rows]
-        total, effects = self._model.effects(choice, ids, loss, stride=STRIDE)
-        gradient = self.gradient(effects.linear, choice)
-        gradient[np.arange(len(choice)), choice] = 0.0
-        return _Estimated.apply(sample, total / ids.numel(), torch.from_numpy(gradient))  # pyright: ignore[reportReturnType]
+        choices = [sample.detach().argmax(1).numpy() for sample in samples]
+        found = self._model.effects([Pass(choice, loss) for choice in choices], ids, stride=STRIDE)
+        losses = []
+        for sample, choice, (total, effects) in zip(samples, choices, found, strict=True):
+            gradient = self.gradient(effects.linear, choice)
+            gradient[np.arange(len(choice)), choice] = 0.0
+            losses.append(_Estimated.apply(sample, total / ids.numel(), torch.from_numpy(gradient)))
+        return losses
 
     def rows(self, step: int) -> torch.Tensor:
         """The batch of a step."""
@@ -86,8 +91,7 @@ class KeptOut:
         """KL of each kept-out sequence, float64 [n]."""
         key = choice.astype(np.int64).tobytes()
         if key not in self._known:
-            assignment = Assignment(self._model.table, choice)
-            self._known[key] = self._model.divergences(assignment, self._pool, self._reference)
+            self._known[key] = self._model.divergences(choice, self._pool, self._reference)
         return self._known[key]
 
     def __call__(self, choice: np.ndarray) -> float:
@@ -123,7 +127,7 @@ def row_losses(
     def values(choice: np.ndarray, rows: np.ndarray) -> np.ndarray:
         part = TokenPool(pool.ids[rows], tuple(pool.domains[row] for row in rows))
         target = reference.of(torch.from_numpy(rows), model.runner.device)
-        return model.divergences(Assignment(model.table, choice), part, target)
+        return model.divergences(choice, part, target)
 
     return values
 

@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
 from moe_rco.adapters import Adapter, Config
 from moe_rco.calib.bank import LayerBank, OptionBank
 from moe_rco.calib.data import TokenPool
-from moe_rco.calib.effects import EffectSums
+from moe_rco.calib.effects import EffectSums, Measured
 from moe_rco.calib.moe import LayerState
 from moe_rco.calib.reference import Reference, divergence
 from moe_rco.calib.runner import Experts, Runner
 from moe_rco.ckpt.store import Store
-from moe_rco.types import Assignment, CostTable
+from moe_rco.types import CostTable
 
-HeadLoss = Callable[[int, torch.Tensor], torch.Tensor]
-"""(row of the batch, its logits [S, V]) to the loss summed over its positions."""
+HeadLoss = Callable[[int, slice, torch.Tensor], torch.Tensor]
+"""(row of the batch, positions of its sequence, their logits [n, V]) to the loss summed over these positions."""
+BATCH = 8
+STREAMED_TOKENS = 1 << 15
+"""Tokens that go through a layer together while it is there."""
+HEAD_LOGITS = 1 << 25
+"""Logits made at once."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward and a backward pass: under `choice` [N], or with the original weights, of a loss at the head.
+
+    Only moves to the options in `measured` are looked at, to all where it is None.
+    """
+
+    choice: np.ndarray | None
+    loss: HeadLoss
+    measured: Measured = None
 
 
 @dataclass(frozen=True)
@@ -31,7 +50,11 @@ class Effects:
 
 
 class AssignedModel:
-    """A model whose experts follow an assignment; everything the search asks of the model goes through here."""
+    """A model whose experts follow an assignment; everything the search asks of the model goes through here.
+
+    Where the bank streams, weights are there for one layer's use at a time: all passes asked for together go through a layer
+    while it is there, what lies between two layers is kept in host memory, and the backward pass runs each layer again.
+    """
 
     def __init__(
         self, runner: Runner, adapter: Adapter, config: Config, bank: OptionBank, store: Store | None = None
@@ -41,89 +64,141 @@ class AssignedModel:
         self.top_k, self.renormalise = adapter.top_k(config), adapter.renormalise(config)
 
     def layer_bank(self, layer: int) -> LayerBank:
-        return self.bank.original(layer) if self.store is None else self.bank.layer(layer, self.store)
+        return self.bank.layer(layer, self.store)
+
+    def batch(self, length: int, passes: int = 1) -> int:
+        """How many sequences of a length to run at once; more where weights are streamed, to share a layer's time there."""
+        return max(BATCH, STREAMED_TOKENS // (length * passes)) if self.bank.streamed else BATCH
 
     def states(
         self,
-        choice: np.ndarray | None,
-        observe: bool = False,
+        choices: Sequence[np.ndarray | None],
+        measured: Sequence[Measured] | None = None,
         stride: int = 1,
-        measured: Collection[int] | None = None,
     ) -> dict[int, LayerState]:
-        """The MoE layers under `choice` [N], or with their original weights."""
+        """The MoE layers under some choices [N], or with their original weights; with `measured`, effects are gathered."""
         states = {}
         for layer in self.table.layers:
             bank, rows = self.layer_bank(layer), self.table.rows(layer)
-            options = (
-                [bank.original] * len(rows) if choice is None else [int(option) for option in choice[rows]]
+            options = tuple(
+                (bank.original,) * len(rows) if choice is None else tuple(map(int, choice[rows]))
+                for choice in choices
             )
-            sums = EffectSums.zeros(len(rows), len(self.table.options), measured) if observe else None
-            states[layer] = LayerState(bank, tuple(options), self.top_k, self.renormalise, sums, stride)
+            sums = (
+                None if measured is None else EffectSums.zeros(len(rows), len(self.table.options), measured)
+            )
+            states[layer] = LayerState(
+                bank, options, self.top_k, self.renormalise, sums, stride, self.bank.streamed
+            )
         return states
 
     def experts(self, choice: np.ndarray | None) -> Experts:
-        return route_through(self.states(choice))
+        return _through(self.states([choice]))
 
     @torch.no_grad()
     def hidden(self, ids: torch.Tensor, choice: np.ndarray | None = None) -> torch.Tensor:
         """Last hidden states [B, S, H] of ids [B, S]."""
-        return self.runner.run(ids.to(self.runner.device), self.experts(choice))
+        states = self.states([choice])
+        h, context = self.runner.embed(ids.to(self.runner.device))
+        for index, layer in self.walk(states):
+            h = self.runner.step(index, layer, h, context, _through(states))
+        return h
+
+    def walk(
+        self, states: dict[int, LayerState], reverse: bool = False, every: bool = False
+    ) -> Iterator[tuple[int, nn.Module]]:
+        """The decoder layers as `Runner.layers`; experts of this and the next are expected as chosen, or at `every` option."""
+        for index, layer in self.runner.layers(reverse):
+            near = (at for at in (index, index + (-1 if reverse else 1)) if at in states)
+            self.bank.expect((at, *pair) for at in near for pair in _needed(states[at], every))
+            yield index, layer
 
     @torch.no_grad()
-    def divergences(
-        self, assignment: Assignment, pool: TokenPool, reference: Reference, batch: int = 8
-    ) -> np.ndarray:
-        """Mean KL to the reference of each sequence of a pool, float64 [N]."""
+    def divergences(self, choice: np.ndarray, pool: TokenPool, reference: Reference) -> np.ndarray:
+        """Mean KL to the reference of each sequence of a pool under `choice` [groups], float64 [sequences]."""
         rows = []
-        for part, ids in pool.batches(batch):
-            target = reference.of(part, self.runner.device)
-            for row, states in enumerate(self.hidden(ids, assignment.choice)):
-                rows.append(float(divergence(target.row(row), self.runner.logits(states)).double().mean()))
+        for part, ids in pool.batches(self.batch(pool.ids.shape[1])):
+            target, hidden = reference.of(part, self.runner.device), self.hidden(ids, choice)
+            with self.runner.head() as logits:
+                for row, states in enumerate(hidden):
+                    total = sum(
+                        float(divergence(target.at(row, positions), logits(states[positions])).double().sum())
+                        for positions in self.positions(len(states))
+                    )
+                    rows.append(total / len(states))
         return np.array(rows)
 
     def effects(
-        self,
-        choice: np.ndarray | None,
-        ids: torch.Tensor,
-        loss: HeadLoss,
-        stride: int = 1,
-        measured: Collection[int] | None = None,
-    ) -> tuple[float, Effects]:
-        """Loss summed over ids [B, S] and the effect of every move, from one forward and one backward pass.
+        self, passes: Sequence[Pass], ids: torch.Tensor, stride: int = 1
+    ) -> list[tuple[float, Effects]]:
+        """For each pass its loss summed over ids [B, S], and the effect of every move."""
+        groups = [passes] if self.bank.streamed else [[one] for one in passes]
+        return [
+            found for group in groups for found in self._effects(group, ids.to(self.runner.device), stride)
+        ]
 
-        Only moves to the options in `measured` are looked at, to all where it is None; the others' effects are 0.
-        """
-        states = self.states(choice, observe=True, stride=stride, measured=measured)
-        h, context = self.runner.embed(ids.to(self.runner.device))
-        h.requires_grad_()
-        last = h
-        experts = route_through(states)
-        for index, layer in self.runner.layers():
-            last = self.runner.step(index, layer, last, context, experts)
-        total, gradient = self._head(last.detach(), loss)
-        torch.autograd.backward(last, gradient)
-        linear = np.zeros((len(self.table.groups), len(self.table.options)))
-        squared = np.zeros_like(linear)
+    def _effects(self, passes: Sequence[Pass], ids: torch.Tensor, stride: int) -> list[tuple[float, Effects]]:
+        states = self.states([one.choice for one in passes], [one.measured for one in passes], stride)
+        h, context = self.runner.embed(ids.repeat(len(passes), 1))
+        experts, losses = _through(states), [one.loss for one in passes]
+        if self.bank.streamed:
+            borders = list[torch.Tensor]()
+            with torch.no_grad():
+                for index, layer in self.walk(states):
+                    borders.append(h.cpu())
+                    h = self.runner.step(index, layer, h, context, experts)
+            totals, gradient = self._head(h, losses)
+            for index, layer in self.walk(states, reverse=True, every=True):
+                leaf = borders.pop().to(self.runner.device).requires_grad_()
+                torch.autograd.backward(self.runner.step(index, layer, leaf, context, experts), gradient)
+                gradient = leaf.grad
+        else:
+            last = h.requires_grad_()
+            for index, layer in self.walk(states):
+                last = self.runner.step(index, layer, last, context, experts)
+            totals, gradient = self._head(last, losses)
+            torch.autograd.backward(last, gradient)
+        shape = self.table.costs.shape
+        found = [Effects(np.zeros(shape), np.zeros(shape)) for _ in passes]
         for layer, state in states.items():
             sums, rows = state.observe, self.table.rows(layer)
             if sums is not None:
-                linear[rows] = sums.linear.numpy() / sums.tokens
-                squared[rows] = sums.squared.numpy() / sums.tokens
-        return total, Effects(linear, squared)
+                for number, effects in enumerate(found):
+                    effects.linear[rows] = sums.linear[number].numpy() / sums.tokens
+                    effects.squared[rows] = sums.squared[number].numpy() / sums.tokens
+        return list(zip(totals, found, strict=True))
 
-    def _head(self, h: torch.Tensor, loss: HeadLoss) -> tuple[float, torch.Tensor]:
-        """Loss and its gradient at the last hidden states, a sequence at a time: logits of a batch may not fit."""
-        gradient, total = torch.empty_like(h), 0.0
-        for row in range(len(h)):
-            leaf = h[row].requires_grad_()
-            value = loss(row, self.runner.logits(leaf))
-            (gradient[row],) = torch.autograd.grad(value, leaf)
-            total += float(value.detach())
-        return total, gradient
+    def _head(self, h: torch.Tensor, losses: Sequence[HeadLoss]) -> tuple[list[float], torch.Tensor]:
+        """Every loss at its equal part of h, and the gradient at h; some positions at a time: all logits may not fit."""
+        gradient, batch = torch.empty_like(h), len(h) // len(losses)
+        totals = [0.0] * len(losses)
+        with self.runner.head() as logits:
+            for row, positions in itertools.product(range(len(h)), self.positions(h.shape[1])):
+                leaf = h[row, positions].detach().requires_grad_()
+                value = losses[row // batch](row % batch, positions, logits(leaf))
+                (gradient[row, positions],) = torch.autograd.grad(value, leaf)
+                totals[row // batch] += float(value.detach())
+        return totals, gradient
+
+    def positions(self, length: int) -> list[slice]:
+        """Parts of a sequence whose logits are made at once."""
+        step = max(1, HEAD_LOGITS // self.runner.vocab_size)
+        return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
-def route_through(states: dict[int, LayerState]) -> Experts:
+def _through(states: dict[int, LayerState]) -> Experts:
     def experts(layer: int, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         return states[layer].forward(x, logits)
 
     return experts
+
+
+def _needed(state: LayerState, every: bool) -> Iterator[tuple[int, int]]:
+    """(expert, option) pairs in the order they are used."""
+    for expert in range(len(state.choices[0])):
+        chosen = {choice[expert] for choice in state.choices}
+        pruned = state.bank.prune_index in chosen
+        wanted = chosen - {state.bank.prune_index}
+        if every:
+            wanted |= {*state.bank.quantities, *([state.bank.original] if pruned else [])}
+        yield from ((expert, option) for option in sorted(wanted))

@@ -6,13 +6,11 @@ that is treated as one more outcome, so the divergence measured is a lower bound
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 TOP = 64
-Logits = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -28,23 +26,19 @@ class Reference:
         shape = (sequences, length, min(TOP, vocab_size - 1))
         return cls(torch.empty(shape, dtype=torch.int32), torch.empty(shape), torch.empty(shape[:2]))
 
-    def fill(self, part: slice, h: torch.Tensor, logits: Logits) -> None:
-        """Take in the last hidden states h [B, S, H] of some sequences."""
-        for row, states in zip(range(part.start, part.start + len(h)), h, strict=True):
-            log_p, ids = torch.topk(torch.log_softmax(logits(states), -1), self.ids.shape[-1], dim=-1)
-            self.ids[row], self.log_p[row], self.log_rest[row] = (
-                ids.int().cpu(),
-                log_p.cpu(),
-                log_remainder(log_p).cpu(),
-            )
+    def fill(self, row: int, positions: slice, logits: torch.Tensor) -> None:
+        """Take in the logits [n, V] at some positions of a sequence."""
+        log_p, ids = torch.topk(torch.log_softmax(logits, -1), self.ids.shape[-1], dim=-1)
+        self.ids[row, positions], self.log_p[row, positions] = ids.int().cpu(), log_p.cpu()
+        self.log_rest[row, positions] = log_remainder(log_p).cpu()
 
     def of(self, rows: slice | torch.Tensor, device: torch.device) -> Reference:
         """Some sequences' part, on a device."""
         return Reference(*(part[rows].to(device) for part in (self.ids, self.log_p, self.log_rest)))
 
-    def row(self, index: int) -> Reference:
-        """One sequence's part."""
-        return Reference(self.ids[index], self.log_p[index], self.log_rest[index])
+    def at(self, row: int, positions: slice) -> Reference:
+        """Some positions of one sequence."""
+        return Reference(*(part[row, positions] for part in (self.ids, self.log_p, self.log_rest)))
 
 
 def log_remainder(log_p: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,8 @@ looked at through hooks on the whole model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,9 +19,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from moe_rco.adapters import Adapter
+from moe_rco.calib.transfer import Mover
+from moe_rco.calib.window import Window
 from moe_rco.ckpt.reader import Checkpoint
 from moe_rco.errors import ModelError
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+Logits = Callable[[torch.Tensor], torch.Tensor]
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
 
@@ -44,11 +49,17 @@ class Context:
 class Runner:
     """The dense part of a causal MoE model: everything except the routed experts.
 
-    Weights are read from the checkpoint on construction, in `dtype`, to `device`. Raises ModelError when one is missing.
+    Weights are read from the checkpoint on construction, in `dtype`, to `device`; with `window` bytes they are read when they
+    are needed, a layer or two at a time. Raises ModelError when one is missing.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, adapter: Adapter, device: torch.device, dtype: torch.dtype
+        self,
+        checkpoint: Checkpoint,
+        adapter: Adapter,
+        device: torch.device,
+        dtype: torch.dtype,
+        window: int | None = None,
     ) -> None:
         self.adapter, self.device, self.dtype = adapter, device, dtype
         self.config: Any = AutoConfig.from_pretrained(checkpoint.directory)
@@ -62,29 +73,49 @@ class Runner:
             model: Any = AutoModelForCausalLM.from_config(
                 self.config, dtype=dtype, attn_implementation="sdpa"
             )
-        decoder = model.model
         for layer in self.moe_layers:
-            decoder.layers[layer].mlp.experts = nn.Identity()
-        self._fill(model, checkpoint)
-        decoder.rotary_emb = type(decoder.rotary_emb)(self.config).to(device)
+            model.model.layers[layer].mlp.experts = nn.Identity()
         model.requires_grad_(False).eval()
-        self._decoder, self._head = decoder, model.lm_head
+        self._checkpoint, self._mover = checkpoint, Mover(device)
+        self._sources = {
+            name: self._source(name) for name, _ in model.named_parameters(remove_duplicate=False)
+        }
+        self._decoder, self._norm = model.model, model.model.norm
+        self._decoder.rotary_emb = type(self._decoder.rotary_emb)(self.config).to(device)
+        self._contexts: dict[tuple[int, ...], Context] = {}
+        self._window: Window[int, dict[str, torch.Tensor]] | None = None
+        self._embedding = self._head = None
+        self._norm.load_state_dict({"weight": self._read("model.norm.weight")}, assign=True)
+        if window is not None:
+            self._window = Window(self._layer_weights, _nbytes, window)
+            return
+        self._embedding, self._head = self._read(EMBEDDING), self._read(HEAD)
+        for index, layer in enumerate(self._decoder.layers):
+            layer.load_state_dict(self._layer_weights(index), strict=True, assign=True)
 
-    def _fill(self, model: nn.Module, checkpoint: Checkpoint) -> None:
-        weights: dict[str, torch.Tensor] = {}
-        for name, _ in model.named_parameters(remove_duplicate=False):
-            source = self.adapter.disk_name(name)
-            if source not in checkpoint.tensors:
-                if name == "lm_head.weight" and self.config.tie_word_embeddings:
-                    source = "model.embed_tokens.weight"
-                else:
-                    raise ModelError(f"{checkpoint.directory}: tensor '{source}' is missing")
-            weights[name] = checkpoint.read(source).to(self.device, self.dtype)
-        model.load_state_dict(weights, strict=True, assign=True)
+    def _source(self, name: str) -> str:
+        """The tensor on disk a parameter is read from."""
+        source = self.adapter.disk_name(name)
+        if source in self._checkpoint.tensors:
+            return source
+        if name == HEAD and self.config.tie_word_embeddings:
+            return self._source(EMBEDDING)
+        raise ModelError(f"{self._checkpoint.directory}: tensor '{source}' is missing")
+
+    def _read(self, name: str) -> torch.Tensor:
+        return self._mover(self._checkpoint.read(self._sources[name])).to(self.dtype)
+
+    def _layer_weights(self, index: int) -> dict[str, torch.Tensor]:
+        names = (name for name, _ in self._decoder.layers[index].named_parameters())
+        return {name: self._read(f"model.layers.{index}.{name}") for name in names}
 
     @property
     def vocab_size(self) -> int:
         return int(self.config.vocab_size)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config.hidden_size)
 
     @property
     def num_layers(self) -> int:
@@ -92,27 +123,55 @@ class Runner:
 
     def embed(self, ids: torch.Tensor) -> tuple[torch.Tensor, Context]:
         """ids [B, S] to hidden states [B, S, H] and the context of the batch."""
-        h = self._decoder.embed_tokens(ids)
-        position_ids = torch.arange(ids.shape[1], device=self.device)[None]
-        masks = {
-            kind: MASKS[kind](
-                config=self.config,
-                inputs_embeds=h,
-                attention_mask=None,
-                past_key_values=None,
-                position_ids=position_ids,
-            )
-            for kind in set(self._attention)
-        }
-        return h, Context(position_ids, self._decoder.rotary_emb(h, position_ids), masks)
+        if self._embedding is not None:
+            h = F.embedding(ids, self._embedding)
+        else:
+            used, place = torch.unique(ids, return_inverse=True)
+            rows = self._checkpoint.read_rows(self._sources[EMBEDDING], used.tolist())
+            h = F.embedding(place.to(self.device), self._mover(rows).to(self.dtype))
+        return h, self.context(h)
 
-    def layers(self) -> Iterator[tuple[int, nn.Module]]:
-        yield from enumerate(self._decoder.layers)
+    def context(self, h: torch.Tensor) -> Context:
+        """Positions and masks of hidden states [B, S, H]: the same for all of that shape."""
+        key = tuple(h.shape[:2])
+        if key not in self._contexts:
+            position_ids = torch.arange(h.shape[1], device=self.device)[None]
+            masks = {
+                kind: MASKS[kind](
+                    config=self.config,
+                    inputs_embeds=h,
+                    attention_mask=None,
+                    past_key_values=None,
+                    position_ids=position_ids,
+                )
+                for kind in set(self._attention)
+            }
+            self._contexts[key] = Context(position_ids, self._decoder.rotary_emb(h, position_ids), masks)
+        return self._contexts[key]
 
-    def step(
-        self, index: int, layer: Any, h: torch.Tensor, context: Context, experts: Experts
-    ) -> torch.Tensor:
-        """One decoder layer: [B, S, H] to [B, S, H]."""
+    def layers(self, reverse: bool = False) -> Iterator[tuple[int, nn.Module]]:
+        """Every decoder layer with its index, first to last or back; each is to be used before the next is taken."""
+        order = [*range(self.num_layers)][:: -1 if reverse else 1]
+        for position, index in enumerate(order):
+            layer = self._decoder.layers[index]
+            if self._window is None:
+                yield index, layer
+                continue
+            empty = layer.state_dict(keep_vars=True)
+            self._window.expect(order[position : position + 2])
+            layer.load_state_dict(self._window.get(index), strict=True, assign=True)
+            try:
+                yield index, layer
+            finally:
+                layer.load_state_dict(empty, strict=True, assign=True)
+
+    def attend(
+        self, index: int, layer: Any, h: torch.Tensor, context: Context
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention and what is added to it for every token, and the input of the feed-forward block; [B, S, H] each.
+
+        The first is all of the layer's output but for its routed experts.
+        """
         attended, _ = layer.self_attn(
             hidden_states=layer.input_layernorm(h),
             attention_mask=context.masks[self._attention[index]],
@@ -122,13 +181,23 @@ class Runner:
         h = h + attended
         x = layer.post_attention_layernorm(h)
         if index not in self.moe_layers:
-            return h + layer.mlp(x)
+            return h + layer.mlp(x), x
+        shared = self.adapter.always_on(layer.mlp, x.reshape(-1, x.shape[-1]))
+        return h if shared is None else h + shared.reshape(h.shape), x
+
+    def step(
+        self, index: int, layer: Any, h: torch.Tensor, context: Context, experts: Experts
+    ) -> torch.Tensor:
+        """One decoder layer: [B, S, H] to [B, S, H]."""
+        h, x = self.attend(index, layer, h, context)
+        if index not in self.moe_layers:
+            return h
         flat = x.reshape(-1, x.shape[-1])
-        y = experts(index, flat, F.linear(flat, layer.mlp.gate.weight))
-        shared = self.adapter.always_on(layer.mlp, flat)
-        if shared is not None:
-            y = y + shared
-        return h + y.reshape(h.shape)
+        return h + experts(index, flat, self.router(layer, flat)).reshape(h.shape)
+
+    def router(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
+        """x [T, H] to the router's logits [T, E]."""
+        return F.linear(x, layer.mlp.gate.weight)
 
     def run(self, ids: torch.Tensor, experts: Experts) -> torch.Tensor:
         """ids [B, S] to the last hidden states [B, S, H], before the final norm."""
@@ -137,6 +206,21 @@ class Runner:
             h = self.step(index, layer, h, context, experts)
         return h
 
+    @contextmanager
+    def head(self) -> Iterator[Logits]:
+        """Maps last hidden states [..., H] to float32 logits [..., V]."""
+        weight = self._read(HEAD) if self._head is None else self._head
+
+        def logits(h: torch.Tensor) -> torch.Tensor:
+            return F.linear(self._norm(h), weight).float()
+
+        yield logits
+
     def logits(self, h: torch.Tensor) -> torch.Tensor:
         """Last hidden states [..., H] to float32 logits [..., V]."""
-        return self._head(self._decoder.norm(h)).float()
+        with self.head() as logits:
+            return logits(h)
+
+
+def _nbytes(weights: dict[str, torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in weights.values())

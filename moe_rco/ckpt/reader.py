@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from moe_rco.adapters.base import Adapter
+from moe_rco.ckpt.data import read_rows, read_tensor
 from moe_rco.ckpt.header import HeaderError, TensorInfo, read_header
 from moe_rco.errors import ModelError
 from moe_rco.types import Progress, Silent
@@ -49,7 +49,6 @@ class Checkpoint:
                 "name the original model"
             )
         self.tensors: Mapping[str, TensorInfo] = self._tensors()
-        self._handles: dict[Path, Any] = {}
         self._digest: str | None = None
 
     @cached_property
@@ -58,13 +57,20 @@ class Checkpoint:
         return tuple(sorted({tensor.file for tensor in self.tensors.values()}))
 
     def read(self, name: str) -> Tensor:
-        """One tensor, memory mapped. Raises ModelError if the model has none of this name."""
+        """One tensor. Raises ModelError if the model has none of this name, or it cannot be read."""
+        return self._data(name, read_tensor)
+
+    def read_rows(self, name: str, rows: Iterable[int]) -> Tensor:
+        """Some rows of one tensor, in the order given. Raises ModelError as `read`."""
+        return self._data(name, lambda tensor: read_rows(tensor, rows))
+
+    def _data(self, name: str, reader: Callable[[TensorInfo], Tensor]) -> Tensor:
         if name not in self.tensors:
             raise ModelError(f"{self.directory} has no tensor {name}")
-        file = self.tensors[name].file
-        if file not in self._handles:
-            self._handles[file] = safe_open(file, framework="pt")
-        return self._handles[file].get_tensor(name)
+        try:
+            return reader(self.tensors[name])
+        except (HeaderError, OSError) as error:
+            raise ModelError(f"{self.tensors[name].file}: {error}; {AGAIN}") from error
 
     def check_experts(self, adapter: Adapter) -> None:
         """Check that exactly the expert and router tensors the configuration implies are there, with right

@@ -88,7 +88,8 @@ def minimize(
 
     Args:
         loss: maps a straight-through one-hot tensor float64 [N, K] to a scalar tensor. How it makes gradients
-            with respect to that tensor (autograd or an estimator of its own) is its business.
+            with respect to that tensor (autograd or an estimator of its own) is its business. If it has a method
+            `together`, that is given all samples of a step in a list, and returns their losses.
         costs: integers [N, K], numpy or torch; `logits` and samples live on its device.
         budget: integer. The expected cost equals it throughout, so it must lie between the cheapest and the
             dearest assignment; samples and result never cost more.
@@ -187,15 +188,21 @@ class _Run:
     def advance(self, samples: int, tau: float, last: bool, every: int) -> StepRecord:
         """One optimiser step, then the evaluation of its decode if one is due."""
         leaf = self.logits.clone().requires_grad_(True)
-        total = 0.0
+        total, choices, drawn = 0.0, list[NDArray[np.int64]](), list[Tensor]()
         for noise in gumbel_noise((leaf.shape[0], leaf.shape[1]), samples, self.generator):
             noisy = (leaf + noise.to(leaf.device)) / tau
             self.warm = self.sampled.solve(noisy, warm=self.warm)
-            sample = straight_through(self._one_hot(self.warm.choice), self.manifold.probabilities(noisy))
-            value = self._backward(sample, samples)
+            choices.append(self.warm.choice)
+            drawn.append(
+                straight_through(self._one_hot(self.warm.choice), self.manifold.probabilities(noisy))
+            )
+        together = getattr(self.loss, "together", None)
+        losses = map(self.loss, drawn) if together is None else together(drawn)
+        for choice, sample, loss in zip(choices, drawn, losses, strict=True):
+            value = self._backward(sample, loss, samples)
             total += value
             if self.evaluate is None and self.relaxation.exact:
-                self.best.offer(self.warm.choice, value, SEARCH)
+                self.best.offer(choice, value, SEARCH)
         if leaf.grad is None:
             raise UserError("the loss has no gradient with respect to the sample")
         self.logits = self.relaxation.step(self.logits, leaf.grad)
@@ -276,8 +283,7 @@ class _Run:
         with torch.no_grad():
             return float(self.loss(self._one_hot(choice)))
 
-    def _backward(self, sample: Tensor, samples: int) -> float:
-        value = self.loss(sample)
+    def _backward(self, sample: Tensor, value: Tensor, samples: int) -> float:
         self.evaluations += 1
         if not bool(torch.isfinite(value)):
             raise UserError(f"the loss is {float(value.detach())} at step {self.step}")

@@ -79,11 +79,13 @@ class Shrunk(NamedTuple):
     experts: list[int]
 
 
-def shrink(hessian: Tensor, counts: Tensor, min_tokens: int | None = None) -> Shrunk:
+def shrink(
+    hessian: Tensor, counts: Tensor, min_tokens: int | None = None, pooled: Tensor | None = None
+) -> Shrunk:
     """Mix the Hessians of experts with fewer than `min_tokens` tokens with the layer's pooled one.
 
     `hessian` [E, C, C] are means over the `counts` int64 [E] tokens of each expert; `min_tokens` is 4 C by
-    default.
+    default, `pooled` [C, C] is P below where `hessian` has only some of a layer's experts.
 
     With n tokens and a = n / min_tokens < 1:
     H' = a H + (1 - a) T,  T = (P + diag P) / 2,  P = sum_e n_e H_e / sum_e n_e.
@@ -101,12 +103,10 @@ def shrink(hessian: Tensor, counts: Tensor, min_tokens: int | None = None) -> Sh
     if min_tokens is None:
         min_tokens = 4 * hessian.shape[-1]
     counts = counts.to(hessian.device)
-    total = int(counts.sum())
     few = (counts < min_tokens).nonzero().flatten().tolist()
-    if total == 0:
-        return Shrunk(torch.eye(hessian.shape[-1]).to(hessian).expand_as(hessian).clone(), few)
-    share = (counts.double() / total).to(hessian.dtype)
-    target = torch.tensordot(share, hessian, dims=1) / 2
+    share = (counts.double() / counts.sum().clamp_min(1)).to(hessian.dtype)
+    mean = torch.tensordot(share, hessian, dims=1) if pooled is None else pooled
+    target = (mean if bool(mean.any()) else torch.eye(hessian.shape[-1]).to(hessian)) / 2
     target.diagonal().mul_(2)
     result = hessian.clone()
     for expert in few:

@@ -10,10 +10,10 @@ from moe_rco.calib.fisher import log_likelihood_of_samples
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_gradients_have_the_covariance_of_the_softened_distribution(temperature: float) -> None:
-    generator = torch.Generator().manual_seed(0)
     row, draws = torch.tensor([3.0, 0.5, -1.0, 0.0, 2.0]), 200_000
     logits = row.repeat(draws, 1).requires_grad_()
-    log_likelihood_of_samples(generator, temperature)(0, logits).backward()
+    uniform = torch.rand(1, draws, generator=torch.Generator().manual_seed(0))
+    log_likelihood_of_samples(uniform, temperature)(0, slice(0, draws), logits).backward()
     assert logits.grad is not None
     gradients = logits.grad.double()
     p = torch.softmax(row.double() / temperature, 0)
@@ -26,7 +26,8 @@ def test_softened_gradients_see_tokens_the_model_is_certain_of() -> None:
     sizes = []
     for temperature in (1.0, 4.0):
         leaf = logits.clone().requires_grad_()
-        log_likelihood_of_samples(torch.Generator().manual_seed(0), temperature)(0, leaf).backward()
+        uniform = torch.rand(1, len(leaf), generator=torch.Generator().manual_seed(0))
+        log_likelihood_of_samples(uniform, temperature)(0, slice(0, len(leaf)), leaf).backward()
         assert leaf.grad is not None
         sizes.append(float(leaf.grad.square().sum(1).mean()))
     assert sizes[0] < 0.001 < 0.05 < sizes[1]

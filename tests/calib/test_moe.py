@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from moe_rco.adapters import route
-from moe_rco.calib.bank import LayerBank
+from moe_rco.calib.bank import StackedLayer
 from moe_rco.calib.effects import EffectSums
 from moe_rco.calib.moe import LayerState
 
@@ -17,7 +17,7 @@ EXPERTS, HIDDEN, INNER, TOKENS = 6, 8, 12, 40
 PRUNE, LOW, HIGH, ORIGINAL = 0, 1, 2, 3
 
 
-def make_bank(seed: int) -> LayerBank:
+def make_bank(seed: int) -> StackedLayer:
     generator = torch.Generator().manual_seed(seed)
 
     def stack() -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,23 +26,31 @@ def make_bank(seed: int) -> LayerBank:
         return gate_up, down
 
     original = stack()
-    return LayerBank(
-        torch.device("cpu"), F.silu, PRUNE, {LOW: stack(), HIGH: original, ORIGINAL: original}, ORIGINAL
+    return StackedLayer(
+        torch.device("cpu"),
+        F.silu,
+        PRUNE,
+        ORIGINAL,
+        EXPERTS,
+        (LOW, HIGH),
+        {LOW: stack(), HIGH: original, ORIGINAL: original},
     )
 
 
 def reference(state: LayerState, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """Token by token, in the plainest way."""
+    bank, (choice,) = state.bank, state.choices
+    assert isinstance(bank, StackedLayer)
     rows = []
     for token, scores in zip(x, logits, strict=True):
-        kept = [e for e, option in enumerate(state.choice) if option != PRUNE]
+        kept = [e for e, option in enumerate(choice) if option != PRUNE]
         p = torch.zeros_like(scores)
         p[kept] = torch.softmax(scores[kept].float(), 0).to(p)
         chosen = torch.topk(p, state.top_k).indices.tolist()
         total = sum(p[e] for e in chosen) if state.renormalise else 1.0
         row = torch.zeros_like(token)
         for e in chosen:
-            gate_up, down = state.bank.stacks[state.choice[e]]
+            gate_up, down = bank.stacks[choice[e]]
             gate, up = (gate_up[e] @ token).chunk(2)
             row = row + p[e] / total * (down[e] @ (F.silu(gate) * up))
         rows.append(row)
@@ -69,7 +77,7 @@ CHOICES = [
 def test_forward_and_gradients_equal_the_plain_implementation(
     choice: tuple[int, ...], renormalise: bool
 ) -> None:
-    state = LayerState(make_bank(0), choice, 2, renormalise)
+    state = LayerState(make_bank(0), (choice,), 2, renormalise)
     x, logits, g = problem(0)
     results = []
     for function in (state.forward, lambda x, logits: reference(state, x, logits)):
@@ -85,7 +93,7 @@ def test_forward_and_gradients_equal_the_plain_implementation(
 def test_effects_equal_making_every_move(choice: tuple[int, ...], renormalise: bool) -> None:
     bank = make_bank(1)
     sums = EffectSums.zeros(EXPERTS, 3)
-    state = LayerState(bank, choice, 2, renormalise, sums)
+    state = LayerState(bank, (choice,), 2, renormalise, sums)
     x, logits, g = problem(1)
     y = state.forward(x.clone().requires_grad_(), logits)
     y.backward(g)
@@ -99,12 +107,12 @@ def test_effects_equal_making_every_move(choice: tuple[int, ...], renormalise: b
             moved[expert] = option
             if choice[expert] == PRUNE and option != PRUNE:
                 moved[expert] = ORIGINAL  # a return is measured with the original weights
-            after = dataclasses.replace(state, choice=tuple(moved), observe=None)
+            after = dataclasses.replace(state, choices=(tuple(moved),), observe=None)
             effect = (g * (after.forward(x, logits) - y.detach())).sum(-1)
-            assert float(sums.linear[expert, option]) == pytest.approx(
+            assert float(sums.linear[0, expert, option]) == pytest.approx(
                 float(effect.sum()), rel=1e-5, abs=1e-3
             )
-            assert float(sums.squared[expert, option]) == pytest.approx(
+            assert float(sums.squared[0, expert, option]) == pytest.approx(
                 float(effect.square().sum()), rel=1e-5
             )
 
@@ -114,7 +122,7 @@ def test_effects_on_every_other_token_are_those_tokens_effects() -> None:
     totals = []
     for stride, part in ((2, slice(None)), (1, slice(None, None, 2))):
         sums = EffectSums.zeros(EXPERTS, 3)
-        LayerState(bank, CHOICES[1], 2, True, sums, stride).forward(
+        LayerState(bank, (CHOICES[1],), 2, True, sums, stride).forward(
             x[part].requires_grad_(), logits[part]
         ).backward(g[part])
         totals.append(sums)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from moe_rco.calib.bank import LayerBank
+from moe_rco.calib.bank import LayerBank, StackedLayer
 from moe_rco.calib.losses import KeptOut, _rows, batch_losses, row_losses
+from moe_rco.calib.objective import Pass
 from moe_rco.calib.reference import divergence
 from moe_rco.calib.search import REFINED, SEARCHES, SEED, find, knapsack
 from moe_rco.ckpt.store import Store
@@ -40,7 +41,9 @@ def test_fisher_effects_rank_single_moves_as_the_true_divergence_does(ready: Cal
         for name in ("prune", "int3-g64", "int4-g64"):
             assignment = Assignment.uniform(table, Option.parse("bf16"))
             assignment.choice[row] = table.option_index(Option.parse(name))
-            truth.append(ready.model.divergences(assignment, ready.pools[0], ready.calibrated.train).mean())
+            truth.append(
+                ready.model.divergences(assignment.choice, ready.pools[0], ready.calibrated.train).mean()
+            )
             predicted.append(ready.q[row, assignment.choice[row]])
     correlation: Any = spearmanr(truth, predicted)
     assert correlation.statistic > 0.8
@@ -55,12 +58,11 @@ def test_only_what_is_asked_for_is_measured(ready: Calibration) -> None:
     reference = ready.calibrated.train.of(slice(0, 4), CPU)
     wanted = [0, 2]
 
-    def loss(row: int, logits: torch.Tensor) -> torch.Tensor:
-        return divergence(reference.row(row), logits).sum()
+    def loss(row: int, positions: slice, logits: torch.Tensor) -> torch.Tensor:
+        return divergence(reference.at(row, positions), logits).sum()
 
     for start in (None, choice):
-        _, everything = model.effects(start, ids, loss)
-        _, some = model.effects(start, ids, loss, measured=wanted)
+        (_, everything), (_, some) = model.effects([Pass(start, loss), Pass(start, loss, wanted)], ids)
         for part, whole in ((some.linear, everything.linear), (some.squared, everything.squared)):
             assert (part[:, [1, 3]] == 0).all()
             assert np.array_equal(part[:, wanted], whole[:, wanted])
@@ -75,20 +77,24 @@ def test_summed_effects_are_the_derivative_of_the_loss(
     step, here, there = 1e-3, 0, 1
 
     def moving(layer: int, store: Store) -> LayerBank:
-        bank = model.bank._layers[layer]
+        bank = model.bank._layers[layer, True]
+        assert isinstance(bank, StackedLayer)
         start, end = bank.stacks[2], bank.stacks[bank.original]
         moved = (start[0] + step * (end[0] - start[0]), start[1] + step * (end[1] - start[1]))
         return dataclasses.replace(
-            bank, prune_index=None, stacks={here: start, there: moved, bank.original: end}
+            bank,
+            prune_index=None,
+            quantities=(here, there),
+            stacks={here: start, there: moved, bank.original: end},
         )
 
-    def loss(row: int, logits: torch.Tensor) -> torch.Tensor:
-        return divergence(reference.row(row), logits).double().sum()
+    def loss(row: int, positions: slice, logits: torch.Tensor) -> torch.Tensor:
+        return divergence(reference.at(row, positions), logits).double().sum()
 
     monkeypatch.setattr(model.bank, "layer", moving)
     groups = len(model.table.groups)
-    before, effects = model.effects(np.full(groups, here), ids, loss)
-    after, _ = model.effects(np.full(groups, there), ids, loss)
+    passes = [Pass(np.full(groups, option), loss) for option in (here, there)]
+    (before, effects), (after, _) = model.effects(passes, ids)
     promised = effects.linear[:, there].sum() * ids.numel()
     assert promised == pytest.approx(after - before, rel=0.05)
 
@@ -198,9 +204,9 @@ def test_the_stock_layout_holds_from_the_seed_to_the_result(
     assert ready.q[rows, free.choice].sum() < ready.q[rows, seed.choice].sum()
     sampled, effects = [], ready.model.effects
 
-    def watched(choice: np.ndarray, *rest: Any, **named: Any) -> Any:
-        sampled.append(choice)
-        return effects(choice, *rest, **named)
+    def watched(passes: list[Pass], *rest: Any, **named: Any) -> Any:
+        sampled.extend(one.choice for one in passes)
+        return effects(passes, *rest, **named)
 
     monkeypatch.setattr(ready.model, "effects", watched)
     others = {"free": free, "worse": Assignment.uniform(mixed, Option.parse("prune"))}

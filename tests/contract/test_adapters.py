@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moe_rco.adapters import FAMILIES, get_adapter
-from moe_rco.calib.bank import OptionBank
+from moe_rco.calib.bank import OptionBank, StackedLayer
 from moe_rco.calib.objective import AssignedModel
 from moe_rco.calib.runner import Runner
 from moe_rco.ckpt.reader import Checkpoint
@@ -73,7 +73,8 @@ def test_names_cover_every_expert_once_loaded_and_fused(model_dir: Path) -> None
     expected = set()
     for layer in adapter.moe_layers(checkpoint.config):
         experts = model.model.layers[layer].mlp.experts
-        originals = bank.original(layer)
+        originals = bank.layer(layer)
+        assert isinstance(originals, StackedLayer)
         gate_up, down = originals.stacks[originals.original]
         torch.testing.assert_close(experts.gate_up_proj.data, gate_up, rtol=0, atol=0)
         torch.testing.assert_close(experts.down_proj.data, down, rtol=0, atol=0)

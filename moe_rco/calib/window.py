@@ -1,0 +1,98 @@
+"""Loads things ahead of need in a background thread, and holds as many as fit."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterable
+from typing import Generic, TypeVar
+
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
+
+
+class Window(Generic[Key, Value]):
+    """Values by key, made by `load`, as many as `size` says fit into `capacity` bytes (and always the one asked for).
+
+    `expect` is a hint: a key that was not announced, or dropped again, is loaded when it is asked for. One thread asks.
+    """
+
+    def __init__(self, load: Callable[[Key], Value], size: Callable[[Value], int], capacity: int) -> None:
+        self._load, self._size, self._capacity = load, size, capacity
+        self._held: OrderedDict[Key, Value] = OrderedDict()
+        self._bytes = 0
+        self._ahead: deque[Key] = deque()
+        self._wanted: set[Key] = set()
+        self._loading: Key | None = None
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def expect(self, keys: Iterable[Key]) -> None:
+        """Say what will be asked for next, in this order; what was said before is forgotten."""
+        with self._changed:
+            self._ahead = deque(keys)
+            self._wanted = set(self._ahead)
+            if self._ahead and self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def get(self, key: Key) -> Value:
+        """The value of a key. Raises what `load` raises."""
+        with self._changed:
+            self._wanted.discard(key)
+            while self._loading == key:
+                self._changed.wait()
+            self._changed.notify_all()
+            if key in self._held:
+                self._held.move_to_end(key)
+                return self._held[key]
+        value = self._load(key)
+        with self._changed:
+            self._keep(key, value)
+        return value
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while (key := self._next()) is None:
+                    if not self._ahead:  # nothing left to do: no thread stays behind
+                        self._thread = None
+                        return
+                    self._changed.wait()
+                self._loading = key
+            try:
+                value = self._load(key)
+            except Exception:  # noqa: BLE001 (raised again where it is asked for)
+                with self._changed:
+                    self._loading = None
+                    self._changed.notify_all()
+                continue
+            with self._changed:
+                self._loading = None
+                self._keep(key, value)
+                self._changed.notify_all()
+
+    def _next(self) -> Key | None:
+        """The next key to load, if there is room for more."""
+        while self._ahead and (self._ahead[0] in self._held or self._ahead[0] not in self._wanted):
+            self._ahead.popleft()
+        if not self._ahead:
+            return None
+        self._make_room(0)
+        return self._ahead.popleft() if self._bytes < self._capacity else None
+
+    def _keep(self, key: Key, value: Value) -> None:
+        if key in self._held:
+            return
+        size = self._size(value)
+        self._make_room(size)
+        self._held[key] = value
+        self._bytes += size
+
+    def _make_room(self, size: int) -> None:
+        """Drop what is not expected, the longest unused first."""
+        for key in [k for k in self._held if k not in self._wanted]:
+            if self._bytes + size <= self._capacity:
+                return
+            self._bytes -= self._size(self._held.pop(key))
