@@ -12,7 +12,7 @@ Value = TypeVar("Value")
 
 
 class Window(Generic[Key, Value]):
-    """Values by key, made by `load`, as many as `size` says fit into `capacity` bytes (and always the one asked for).
+    """Values by key, made by `load`; as many are held as `size` says fit into `capacity` bytes, or one more.
 
     `expect` is a hint: a key that was not announced, or dropped again, is loaded when it is asked for. One thread asks.
     """
@@ -49,7 +49,9 @@ class Window(Generic[Key, Value]):
                 return self._held[key]
         value = self._load(key)
         with self._changed:
-            self._keep(key, value)
+            self._make_room(self._size(value))
+            if self._bytes + self._size(value) <= self._capacity:
+                self._keep(key, value)
         return value
 
     def _run(self) -> None:
@@ -70,6 +72,7 @@ class Window(Generic[Key, Value]):
                 continue
             with self._changed:
                 self._loading = None
+                self._make_room(self._size(value))
                 self._keep(key, value)
                 self._changed.notify_all()
 
@@ -83,12 +86,9 @@ class Window(Generic[Key, Value]):
         return self._ahead.popleft() if self._bytes < self._capacity else None
 
     def _keep(self, key: Key, value: Value) -> None:
-        if key in self._held:
-            return
-        size = self._size(value)
-        self._make_room(size)
-        self._held[key] = value
-        self._bytes += size
+        if key not in self._held:
+            self._held[key] = value
+            self._bytes += self._size(value)
 
     def _make_room(self, size: int) -> None:
         """Drop what is not expected, the longest unused first."""
