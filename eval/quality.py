@@ -18,7 +18,9 @@ import itertools
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,9 @@ from eval.prepared import MODELS, Subject, inputs_of, recipe_of, subject
 from eval.quality_table import render
 from eval.results_file import Results
 from eval.rivals import FISHER, LINEARITY, PROXY, RCO, SEARCHES, UNIFORM, Methods, Variants
-from moe_rco.calib.measure import LogitsOf, Scores, measure
+from moe_rco.calib.measure import Scores, measure
 from moe_rco.types import Assignment, Budget, Silent
+from moe_rco.verify import Assigned
 
 SCORED = [f"{score} + {label}" for score in ("frequency", "REAP") for label in ("bf16", "int4", "best width")]
 METHODS = (UNIFORM, *SCORED, PROXY, LINEARITY, *SEARCHES, FISHER, RCO)
@@ -40,28 +43,33 @@ class Judge:
 
     def __init__(self, subject: Subject) -> None:
         self._subject = subject
-        self._before = self._logits(None)
+        self._before = _Remembered(Assigned(subject.prepared.model, None), {})
         self._known: dict[bytes, Scores] = {}
 
     def __call__(self, assignment: Assignment) -> Scores:
         key = assignment.choice.tobytes()
         if key not in self._known:
-            after = self._logits(assignment)
-            self._known[key] = measure(self._before, after, self._subject.heldout, Silent())
+            model = self._subject.prepared.model
+            after, pool = Assigned(model, assignment.choice), self._subject.heldout
+            self._known[key] = measure(self._before, after, pool, model.runner.vocab_size, Silent(), 16)
         return self._known[key]
 
-    def _logits(self, assignment: Assignment | None) -> LogitsOf:
-        # Last hidden states are made in batches and kept; logits of all text would not fit.
-        model, pool = self._subject.prepared.model, self._subject.heldout
-        states: dict[bytes, torch.Tensor] = {}
-        for _, ids in pool.batches(16):
-            hidden = model.hidden(ids, None if assignment is None else assignment.choice)
-            states.update((row.numpy().tobytes(), h) for row, h in zip(ids, hidden, strict=True))
 
-        def logits(ids: torch.Tensor) -> torch.Tensor:
-            return model.runner.logits(torch.stack([states[row.numpy().tobytes()] for row in ids]))
+@dataclass(frozen=True)
+class _Remembered:
+    """A model whose hidden states are kept, by the ids they are of."""
 
-        return logits
+    model: Assigned
+    states: dict[bytes, torch.Tensor]
+
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        key = ids.numpy().tobytes()
+        if key not in self.states:
+            self.states[key] = self.model.hidden(ids)
+        return self.states[key]
+
+    def head(self) -> AbstractContextManager[Callable[[torch.Tensor], torch.Tensor]]:
+        return self.model.head()
 
 
 def record_of(judge: Judge, variants: Variants, budget: Budget) -> dict[str, Any]:

@@ -133,7 +133,9 @@ def show_preflight(preflight: Preflight, console: Console | None = None) -> None
     )
     races = f", then races for as long as {p.search_races} steps" if p.search_races else ""
     table.add_row("search", f"{p.search_method}: {p.search_steps} steps of {p.search_samples} samples{races}")
-    table.add_row("memory", f"about {format_size(p.memory)}")
+    held = "weights streamed from disk" if p.streamed else "all weights resident"
+    on_device = f", {format_size(p.device_memory)} on the device" if p.device_memory else ""
+    table.add_row("memory", f"about {format_size(p.memory)}{on_device} ({held})")
     table.add_row("disk", f"{format_size(p.disk_needed)} needed, {format_size(p.disk_free)} free")
     table.add_row("output", p.output)
     _show(console, f"Dry run: {p.model}", table)
@@ -189,7 +191,7 @@ def show_summary(report: Report, console: Console | None = None) -> None:
     state = "agrees with" if report.reload.passed else "DIFFERS from"
     console.print(
         f"Reloaded: the written model {state} the searched one "
-        f"(largest logit difference {report.reload.max_logit_difference:.1e}, "
+        f"(read by {report.reload.by}, largest logit difference {report.reload.max_logit_difference:.1e}, "
         f"tolerance {report.reload.tolerance:.0e})",
         style=None if report.reload.passed else "bold red",
         soft_wrap=True,

@@ -10,16 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils import logging as transformers_logging
 
 from moe_rco import preflight as checks
-from moe_rco.adapters import get_adapter
 from moe_rco.baselines import (
     SIMPLE,
     OutputErrors,
@@ -32,34 +27,25 @@ from moe_rco.calib.bank import OptionBank
 from moe_rco.calib.calibrate import Calibrated, calibrate
 from moe_rco.calib.data import TokenPool, heldout_pool, load_tokenizer
 from moe_rco.calib.fisher import fisher_effects
-from moe_rco.calib.measure import Scores, measure
 from moe_rco.calib.objective import AssignedModel
 from moe_rco.calib.runner import Runner
 from moe_rco.calib.search import SEED, Chosen, find, knapsack
-from moe_rco.ckpt.dequantized import read_dequantized
 from moe_rco.ckpt.destination import check_destination, publish
 from moe_rco.ckpt.reader import Checkpoint
 from moe_rco.ckpt.rewrite import rewrite
 from moe_rco.ckpt.state import SavedState
-from moe_rco.ckpt.stock import QUANT_METHOD
 from moe_rco.ckpt.store import Store
-from moe_rco.errors import MoeRcoError
 from moe_rco.plan import Plan, costs_digest
 from moe_rco.recipe import Recipe
-from moe_rco.report import Preflight, Reload, Report
+from moe_rco.report import Preflight, Report
 from moe_rco.reporting import build_report
-from moe_rco.serve.hf import register
 from moe_rco.types import Assignment, Budget, Progress, Silent
+from moe_rco.verify import RELOAD_SEQUENCES, verify
 
-RELOAD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
-"""Largest difference of a logit between the written and the searched model; routing may differ by rounding in bfloat16."""
-RELOAD_SEQUENCES = 4
 PROXY_STRIDE = 4
 """Output errors are sums of squares with no noise of draws in them: a part of the calibration text will do."""
 LINEARITY_SEQUENCES = 16
 """Sequences on which the KL of every expert alone is measured for `search.method: linearity`."""
-MEASURED_LOGITS = 1 << 23
-"""Logits computed at once when measuring, of each of the two models."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +105,8 @@ def prune(recipe: Recipe, *, progress: Progress | None = None, overwrite: bool =
         progress=clock,
     )
     heldout = heldout_pool(recipe.calibration, load_tokenizer(checkpoint.directory), prepared.pools[1])
-    reload, scores = verify(prepared, assignment, staged, heldout, clock)
+    sample = prepared.pools[1].ids[:RELOAD_SEQUENCES]
+    reload, scores = verify(prepared.model, assignment, staged, heldout, sample, clock)
     report = build_report(
         sized, plan.model, prepared.store, chosen, written, reload, scores, clock.stages, output
     )
@@ -136,11 +123,12 @@ def prepare(ready: checks.Ready, work: Path, progress: Progress) -> Prepared:
     recipe, sized, checkpoint, pools = ready.recipe, ready.sized, ready.checkpoint, ready.pools
     device = checks.resolve_device(recipe)
     dtype = checks.resolve_dtype(recipe, device)
-    runner = Runner(checkpoint, sized.adapter, device, dtype)
+    streaming = ready.streaming
+    runner = Runner(checkpoint, sized.adapter, device, dtype, streaming)
     tokens = [hashlib.sha256(pool.ids.numpy().tobytes()).hexdigest() for pool in pools]
     inputs = [checkpoint.digest(progress), *tokens, recipe.quantizer.model_dump(mode="json"), str(dtype)]
     store = Store(work / "store", hashlib.sha256(json.dumps(inputs).encode()).hexdigest())
-    bank = OptionBank(checkpoint, sized.adapter, sized.table, device, dtype)
+    bank = OptionBank(checkpoint, sized.table, device, dtype, streaming)
     original = AssignedModel(runner, sized.adapter, checkpoint.config, bank)
     calibrated = calibrate(original, store, pools, recipe.quantizer.method, progress)
     model = AssignedModel(runner, sized.adapter, checkpoint.config, bank, store)
@@ -203,67 +191,6 @@ def _candidates(prepared: Prepared, budget: Budget, method: str, progress: Progr
         return simple_assignments(method, table, budget, *measured)
     points = starting_points(table, budget, *measured)
     return seed | points if method == "rco" else points
-
-
-def verify(
-    prepared: Prepared, assignment: Assignment, directory: Path, pool: TokenPool, progress: Progress
-) -> tuple[Reload, Scores]:
-    """Load a written checkpoint with transformers, compare its logits with the searched model, and measure it.
-
-    Raises MoeRcoError where they differ: what was written is not what was chosen.
-    """
-    model, device, dtype = prepared.model, prepared.model.runner.device, prepared.model.runner.dtype
-    reloaded = load_model(directory, device, dtype)
-
-    @torch.no_grad()
-    def after(ids: torch.Tensor) -> torch.Tensor:
-        return reloaded(ids.to(device)).logits
-
-    def before(ids: torch.Tensor) -> torch.Tensor:
-        return model.runner.logits(model.hidden(ids))
-
-    sample = prepared.pools[1].ids[:RELOAD_SEQUENCES]
-    searched = model.runner.logits(model.hidden(sample, assignment.choice))
-    difference = float((searched - after(sample).float()).abs().max())
-    tolerance = RELOAD_TOLERANCE[dtype]
-    if not difference <= tolerance:
-        raise MoeRcoError(
-            f"the written checkpoint's logits differ from the searched model's by {difference:.3g} (tolerance {tolerance}); "
-            "nothing was put in place"
-        )
-    reload = Reload(max_logit_difference=difference, tolerance=tolerance, passed=True)
-    batch = max(1, MEASURED_LOGITS // (pool.ids.shape[1] * model.runner.vocab_size))
-    return reload, measure(before, after, pool, progress, batch)
-
-
-def load_model(directory: Path, device: torch.device, dtype: torch.dtype) -> Any:
-    """A written checkpoint as a transformers model.
-
-    Quantised experts of the stock layout are dequantised here: transformers does it in bfloat16 only, and not
-    at all where layers have different widths.
-    """
-    register()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        checkpoint = Checkpoint(directory, allow_quantized=True)
-        method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
-        if method == QUANT_METHOD:
-            model = _dequantized_model(checkpoint, dtype)
-        else:
-            model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
-        return model.to(device).eval()
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
-def _dequantized_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    config: Any = AutoConfig.from_pretrained(checkpoint.directory)
-    del config.quantization_config
-    model_class = getattr(transformers, get_adapter(checkpoint.config).architecture)
-    weights = read_dequantized(checkpoint, dtype)
-    return model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
 
 
 @dataclass

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from moe_rco.adapters import Adapter, get_adapter
 from moe_rco.baselines import check_method
 from moe_rco.calib.data import TokenPool, check_sources, load_tokenizer, make_pools
-from moe_rco.calib.reference import TOP
+from moe_rco.calib.streaming import Streaming
 from moe_rco.ckpt.destination import check_destination
 from moe_rco.ckpt.locate import fetch_model, read_config
 from moe_rco.ckpt.reader import Checkpoint
 from moe_rco.ckpt.rewrite import output_bytes
 from moe_rco.ckpt.stock import check_routers, transformers_reads
 from moe_rco.errors import ModelError, UserError
+from moe_rco.footprint import Footprint, Shapes, resident, streamed
 from moe_rco.quant.packing import cost_table
 from moe_rco.recipe import Recipe
 from moe_rco.report import BudgetPart, OptionCost, Preflight
 from moe_rco.types import Budget, CostTable
 from moe_rco.units import format_size
 
-LIBRARIES = 700 * 10**6
-"""Resident bytes of the interpreter with torch and transformers."""
 _SOURCE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -84,11 +85,15 @@ def resolve_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Ready:
-    """A job whose inputs are all there and checked: the model's files and the calibration sequences (gradient, kept out)."""
+    """A job whose inputs are all there and checked: the model's files and the calibration sequences (gradient, kept out).
+
+    `streaming` is None where all weights are to be in memory.
+    """
 
     sized: Sized
     checkpoint: Checkpoint
     pools: tuple[TokenPool, TokenPool]
+    streaming: Streaming | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -112,7 +117,7 @@ def make_ready(recipe: Recipe, *, overwrite: bool = False) -> Ready:
     _check_resources(sized, None, overwrite)
     ready = open_inputs(sized, fetch_model(recipe))
     _check_resources(sized, ready, overwrite)
-    return ready
+    return replace(ready, streaming=footprint(sized, ready).streaming)
 
 
 def open_inputs(sized: Sized, directory: Path) -> Ready:
@@ -137,11 +142,11 @@ def open_inputs(sized: Sized, directory: Path) -> Ready:
 def _check_resources(sized: Sized, ready: Ready | None, overwrite: bool) -> None:
     """Device, memory, output directory and disk; more exactly once the model's files are known."""
     recipe = sized.recipe
-    memory, limit = _memory(sized, ready), recipe.execution.memory_limit
-    if limit is not None and memory > limit:
+    found, available = footprint(sized, ready), psutil.virtual_memory().available
+    if found.device and found.host > available:
         raise UserError(
-            f"the run needs about {format_size(memory)} of memory, execution.memory_limit is {format_size(limit)}; "
-            "use fewer options or fewer calibration sequences"
+            f"the run needs about {format_size(found.host)} of the host's memory, which has {format_size(available)} free; "
+            "use fewer calibration sequences"
         )
     check_destination(
         Path(recipe.output),
@@ -153,6 +158,7 @@ def _check_resources(sized: Sized, ready: Ready | None, overwrite: bool) -> None
 
 def _preflight(sized: Sized, ready: Ready | None) -> Preflight:
     recipe, table, budget = sized.recipe, sized.table, sized.budget
+    found = footprint(sized, ready)
     sequences, holdout = recipe.calibration.sequences, recipe.calibration.holdout_sequences
     if ready is not None:
         sequences, holdout = sum(len(pool) for pool in ready.pools), len(ready.pools[1])
@@ -192,7 +198,9 @@ def _preflight(sized: Sized, ready: Ready | None) -> Preflight:
         output=recipe.output,
         disk_needed=_disk(sized, ready),
         disk_free=shutil.disk_usage(_existing(Path(recipe.output))).free,
-        memory=_memory(sized, ready),
+        memory=found.host,
+        device_memory=found.device,
+        streamed=found.streaming is not None,
         warnings=warnings,
     )
 
@@ -208,14 +216,51 @@ def _disk(sized: Sized, ready: Ready | None) -> int:
     return int(sized.table.costs[:, quantized].sum()) + sized.budget.bytes + others
 
 
-def _memory(sized: Sized, ready: Ready | None) -> int:
-    """Bytes the run holds: every option of every expert, the rest of the model, activations and references."""
-    table = sized.table
-    dtype = resolve_dtype(sized.recipe, resolve_device(sized.recipe))
-    kept = 1 + sum(not option.is_prune for option in table.options)
-    hidden, _ = sized.adapter.expert_shape(sized.config)
-    per_token = hidden * dtype.itemsize + TOP * 8
-    others = 0 if ready is None else 2 * output_bytes(ready.checkpoint, sized.adapter, 0)
-    pools = None if ready is None else ready.pools
-    tokens = sized.recipe.calibration.tokens if pools is None else sum(pool.ids.numel() for pool in pools)
-    return LIBRARIES + table.numel * dtype.itemsize * kept + others + tokens * per_token
+def footprint(sized: Sized, ready: Ready | None) -> Footprint:
+    """What memory the run takes, and whether weights are streamed so that it stays within the limit. Raises UserError.
+
+    The limit is `execution.memory_limit`, otherwise what is free: of the device's memory, or the host's where it computes.
+    """
+    execution = sized.recipe.execution
+    device, shapes = resolve_device(sized.recipe), _shapes(sized, ready)
+    on_host = device.type != "cuda"
+    limit = execution.memory_limit
+    if limit is None:
+        free = psutil.virtual_memory().available if on_host else torch.cuda.mem_get_info(device)[0]
+        limit = int(0.9 * free)
+    if execution.mode == "streaming":
+        return streamed(shapes, limit, on_host)
+    found = resident(shapes, on_host)
+    if (found.host if on_host else found.device) <= limit:
+        return found
+    if execution.mode == "auto":
+        return streamed(shapes, limit, on_host)
+    raise UserError(
+        f"the run needs about {format_size(found.host if on_host else found.device)} of memory with all weights in it, and "
+        f"may take {format_size(limit)}; set execution.mode to auto, which streams them"
+    )
+
+
+def _shapes(sized: Sized, ready: Ready | None) -> Shapes:
+    recipe, config, table, adapter = sized.recipe, sized.config, sized.table, sized.adapter
+    hidden, inner = adapter.expert_shape(config)
+    heads = int(config.get("num_attention_heads") or 1)
+    attention = (heads + 2 * int(config.get("num_key_value_heads") or heads)) * int(
+        config.get("head_dim") or hidden // heads
+    )
+    layers, vocabulary = int(config["num_hidden_layers"]), int(config.get("vocab_size") or 0)
+    dense = layers * (attention + heads * (attention // heads)) * hidden + 2 * vocabulary * hidden
+    tokens = recipe.calibration.tokens
+    if ready is not None:
+        experts = {weight.name for group in table.groups for weight in group.weights}
+        others = (t for name, t in ready.checkpoint.tensors.items() if name not in experts)
+        dense = sum(math.prod(tensor.shape) for tensor in others)
+        tokens = sum(pool.ids.numel() for pool in ready.pools)
+    kept = [index for index, option in enumerate(table.options) if not option.is_prune]
+    compact = int(table.costs[:, kept].sum() + table.original_bytes) // len(table.layers)
+    dtype = resolve_dtype(recipe, resolve_device(recipe))
+    return Shapes(
+        layers, adapter.num_experts(config), table.floor, hidden, inner, attention, vocabulary, len(kept), compact,
+        table.numel // len(table.groups), dense, tokens, recipe.calibration.sequence_length, recipe.search.samples,
+        recipe.search.batch, dtype.itemsize,
+    )  # fmt: skip

@@ -75,15 +75,6 @@ def _or_defaults(value: object) -> object:
     return {} if value is None else value
 
 
-def _available(*missing: str) -> BeforeValidator:
-    def check(value: object) -> object:
-        if value in missing:
-            raise ValueError(f"'{value}' is not available in this version")
-        return value
-
-    return BeforeValidator(check)
-
-
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -167,10 +158,14 @@ class Search(_Section):
 
 
 class Execution(_Section):
-    """Where and how to compute; `auto` decides from the hardware and the model's size."""
+    """Where and how to compute; `auto` decides from the hardware and the model's size.
+
+    `mode` resident has all weights in memory at every option, streaming reads them as they are needed. `memory_limit` is of the
+    GPU's memory, or of the process's where there is none; without it what is free counts.
+    """
 
     device: Annotated[str, AfterValidator(_device)] = "auto"
-    mode: Annotated[Literal["auto", "resident"], _available("streaming")] = "auto"
+    mode: Literal["auto", "resident", "streaming"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     memory_limit: Size | None = None
 

@@ -81,8 +81,12 @@ class QuantizerPart(_Part):
 
 
 class Reload(_Part):
-    """The written checkpoint against the searched model: largest difference of a logit."""
+    """The written checkpoint against the searched model: largest difference of a logit.
 
+    `by` read it: transformers, or our own layers where the model need not fit into memory.
+    """
+
+    by: Literal["transformers", "our own layers"] = "transformers"
     max_logit_difference: float
     tolerance: float
     passed: bool
@@ -262,7 +266,8 @@ class OptionCost(_Part):
 class Preflight(_Part):
     """What `--dry-run` prints: everything known before any work. Sizes in bytes.
 
-    `smallest` and `largest` bound what the options can cost; `memory` estimates the run's peak.
+    `smallest` and `largest` bound what the options can cost; `memory` and `device_memory` estimate the run's peaks; `streamed`
+    tells that weights are read from disk as they are needed.
     """
 
     model: str
@@ -287,4 +292,6 @@ class Preflight(_Part):
     disk_needed: int
     disk_free: int
     memory: int
+    device_memory: int = 0
+    streamed: bool = False
     warnings: tuple[str, ...] = ()

@@ -38,7 +38,7 @@ def calibration_of(family: str, place: Path) -> Calibration:
     checkpoint = Checkpoint(save_tiny(family, place / "model"))
     adapter = get_adapter(checkpoint.config)
     table = table_of(checkpoint, OPTIONS)
-    bank = OptionBank(checkpoint, adapter, table, CPU, torch.float32)
+    bank = OptionBank(checkpoint, table, CPU, torch.float32)
     runner = Runner(checkpoint, adapter, CPU, torch.float32)
     generator = torch.Generator().manual_seed(0)
     pools = tuple(

@@ -109,7 +109,6 @@ REFUSED = [
         "int2-g64, int3]\nlayout: stock\nexperimental: true",
         ["r.yaml:3: options: int2-g64 and int3", "neither vLLM nor transformers", "layout: mixed"],
     ),
-    ("output:", "execution: {mode: streaming}\noutput:", ["'streaming' is not available in this version"]),
     ("output:", "execution: {device: gpu}\noutput:", ["execution.device: must be auto, cpu", "not 'gpu'"]),
     ("output:", "execution: {memory_limit: lots}\noutput:", ["execution.memory_limit: 'lots' is not a size"]),
     ("output:", "quantizer: {method: gptqq}\noutput:", ["quantizer.method", "did you mean 'gptq'?"]),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers.activations import ACT2FN
 
-from moe_rco.adapters import Adapter
+from moe_rco.calib.streaming import Streaming
 from moe_rco.calib.transfer import Mover
 from moe_rco.calib.window import Window
 from moe_rco.ckpt.data import read_tensor
@@ -77,21 +77,20 @@ class StreamedLayer(LayerBank):
 class OptionBank:
     """Gives the experts of each layer under every option of a cost table, in `dtype` on `device`.
 
-    Layers stay resident once read; or, with `window` bytes, experts are read when they are needed, held on `device` as they are
+    Layers stay resident once read; or, with `streaming`, experts are read when they are needed, held on `device` as they are
     on disk while they fit, and made full one at a time.
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
-        adapter: Adapter,
         table: CostTable,
         device: torch.device,
         dtype: torch.dtype,
-        window: int | None = None,
+        streaming: Streaming | None = None,
     ) -> None:
-        self.table, self.device, self.dtype = table, device, dtype
-        self._checkpoint, self._adapter = checkpoint, adapter
+        self.table, self.device, self.dtype, self.streaming = table, device, dtype, streaming
+        self._checkpoint, self.config = checkpoint, checkpoint.config
         self._activation: Callable[[torch.Tensor], torch.Tensor] = ACT2FN[
             checkpoint.config.get("hidden_act", "silu")
         ]
@@ -100,17 +99,13 @@ class OptionBank:
         self._stored: dict[tuple[int, int], dict[str, TensorInfo]] = {}
         self._mover = Mover(device)
         self._window: Window[Key, Compact] | None = None
-        if window is not None:
-            self._window = Window(self._load, _nbytes, window)
+        if streaming is not None:
+            self._window = Window(self._load, _nbytes, streaming.window)
 
     @property
     def original(self) -> int:
         """The index that stands for unchanged weights."""
         return len(self.table.options)
-
-    @property
-    def streamed(self) -> bool:
-        return self._window is not None
 
     def layer(self, layer: int, store: Store | None = None) -> LayerBank:
         """A layer's experts: only the unchanged ones without a store. Raises StoreError where it lacks an option."""

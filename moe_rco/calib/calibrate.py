@@ -17,7 +17,7 @@ from moe_rco.adapters import route
 from moe_rco.calib.bank import LayerBank
 from moe_rco.calib.data import TokenPool
 from moe_rco.calib.objective import AssignedModel
-from moe_rco.calib.quantise import LayerQuantizer, RoutedTokens
+from moe_rco.calib.quantise import WORKSPACE, LayerQuantizer, RoutedTokens
 from moe_rco.calib.reference import Reference
 from moe_rco.ckpt.store import Store
 from moe_rco.types import Progress
@@ -56,7 +56,7 @@ def calibrate(
     ids = torch.cat([pool.ids for pool in pools])
     count, length = ids.shape
     parts = [slice(start, start + model.batch(length)) for start in range(0, count, model.batch(length))]
-    home = torch.device("cpu") if bank.streamed else runner.device
+    home = runner.device if bank.streaming is None else torch.device("cpu")
     h = torch.empty((count, length, runner.hidden_size), dtype=runner.dtype, device=home)
     for part in parts:
         h[part] = runner.embed(ids[part].to(runner.device))[0]
@@ -83,7 +83,8 @@ def calibrate(
             tokens = RoutedTokens(x.flatten(0, 1), weights, chosen, len(pools[0]) * length, experts)
             missing = [o for o in table.options if o.is_quantized and not store.has(index, o)]
             layer_bank = bank.layer(index)
-            quantizer = LayerQuantizer(layer_bank, tokens, method if missing else "rtn")
+            workspace = WORKSPACE if bank.streaming is None else bank.streaming.workspace
+            quantizer = LayerQuantizer(layer_bank, tokens, method if missing else "rtn", workspace)
             y = torch.zeros_like(tokens.x)
             usage.counts[index] = tokens.counts.double().cpu()
             usage.saliency[index] = _run(layer_bank, tokens, quantizer, y, advance)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,8 +14,16 @@ import torch
 from moe_rco.calib.data import TokenPool
 from moe_rco.types import Progress
 
-LogitsOf = Callable[[torch.Tensor], torch.Tensor]
-"""ids [B, S] to logits [B, S, V]."""
+LOGITS = 1 << 23
+"""Made at once, of each of the two models."""
+
+
+class Model(Protocol):
+    """What is measured: hidden states [B, S, H] of ids [B, S], and while `head` is open their logits [..., V]."""
+
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor: ...
+
+    def head(self) -> AbstractContextManager[Callable[[torch.Tensor], torch.Tensor]]: ...
 
 
 @dataclass(frozen=True)
@@ -40,22 +50,37 @@ class Scores:
 
 
 @torch.no_grad()
-def measure(before: LogitsOf, after: LogitsOf, pool: TokenPool, progress: Progress, batch: int = 4) -> Scores:
-    """Compare two models on every sequence of a pool, `batch` at a time (whole-vocabulary logits of both are held)."""
-    rows: list[list[float]] = []
+def measure(
+    before: Model, after: Model, pool: TokenPool, vocab_size: int, progress: Progress, batch: int = 8
+) -> Scores:
+    """Compare two models on every sequence of a pool, `batch` sequences at a time, and parts of them at the head."""
+    length = pool.ids.shape[1]
+    step = max(1, LOGITS // vocab_size)
+    rows: list[np.ndarray] = []
     with progress.stage("measure on held-out text", len(pool)) as advance:
         for _, ids in pool.batches(batch):
-            log_p, log_q = (torch.log_softmax(logits(ids).float(), -1) for logits in (before, after))
-            target = ids[:, 1:, None].to(log_p.device)
-            kl = (log_p.exp() * (log_p - log_q)).sum(-1).double().mean(-1)
-            losses = (-log[:, :-1].gather(-1, target)[..., 0].double().mean(-1) for log in (log_p, log_q))
-            rows.extend(torch.stack([*losses, kl], dim=1).tolist())
-            advance(len(ids))
+            states = [model.hidden(ids) for model in (before, after)]
+            with before.head() as first, after.head() as second:
+                for row, sequence in enumerate(ids):
+                    sums = np.zeros(3)
+                    for start in range(0, length, step):
+                        part = slice(start, start + step)
+                        before_, after_ = first(states[0][row, part]), second(states[1][row, part])
+                        sums += _sums(before_, after_, sequence[start + 1 : start + 1 + step])
+                    rows.append(sums / (length - 1, length - 1, length))
+                    advance(1)
     table = np.array(rows)
-    length = pool.ids.shape[1]
     domains = np.array(pool.domains)
     scores = (_score(name, table[domains == name], length) for name in sorted(set(pool.domains)))
     return Scores(tuple(scores), _score("all", table, length))
+
+
+def _sums(before: torch.Tensor, after: torch.Tensor, following: torch.Tensor) -> np.ndarray:
+    """Over positions [n] with logits [n, V]: next-token losses before and after, where a token follows, and KL."""
+    log_p, log_q = (torch.log_softmax(logits.float(), -1) for logits in (before, after))
+    target = following[:, None].to(log_p.device)
+    losses = [-float(log[: len(target)].gather(-1, target).double().sum()) for log in (log_p, log_q)]
+    return np.array([*losses, float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())])
 
 
 def _score(name: str, rows: np.ndarray, length: int) -> Score:

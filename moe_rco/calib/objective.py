@@ -23,8 +23,6 @@ from moe_rco.types import CostTable
 HeadLoss = Callable[[int, slice, torch.Tensor], torch.Tensor]
 """(row of the batch, positions of its sequence, their logits [n, V]) to the loss summed over these positions."""
 BATCH = 8
-STREAMED_TOKENS = 1 << 15
-"""Tokens that go through a layer together while it is there."""
 HEAD_LOGITS = 1 << 25
 """Logits made at once."""
 
@@ -68,7 +66,8 @@ class AssignedModel:
 
     def batch(self, length: int, passes: int = 1) -> int:
         """How many sequences of a length to run at once; more where weights are streamed, to share a layer's time there."""
-        return max(BATCH, STREAMED_TOKENS // (length * passes)) if self.bank.streamed else BATCH
+        streaming = self.bank.streaming
+        return BATCH if streaming is None else max(1, streaming.tokens // (length * passes))
 
     def states(
         self,
@@ -88,7 +87,7 @@ class AssignedModel:
                 None if measured is None else EffectSums.zeros(len(rows), len(self.table.options), measured)
             )
             states[layer] = LayerState(
-                bank, options, self.top_k, self.renormalise, sums, stride, self.bank.streamed
+                bank, options, self.top_k, self.renormalise, sums, stride, self.bank.streaming is not None
             )
         return states
 
@@ -132,16 +131,16 @@ class AssignedModel:
         self, passes: Sequence[Pass], ids: torch.Tensor, stride: int = 1
     ) -> list[tuple[float, Effects]]:
         """For each pass its loss summed over ids [B, S], and the effect of every move."""
-        groups = [passes] if self.bank.streamed else [[one] for one in passes]
-        return [
-            found for group in groups for found in self._effects(group, ids.to(self.runner.device), stride)
-        ]
+        streaming, ids = self.bank.streaming, ids.to(self.runner.device)
+        together = 1 if streaming is None else max(1, streaming.tokens // ids.numel())
+        groups = (passes[start : start + together] for start in range(0, len(passes), together))
+        return [found for group in groups for found in self._effects(group, ids, stride)]
 
     def _effects(self, passes: Sequence[Pass], ids: torch.Tensor, stride: int) -> list[tuple[float, Effects]]:
         states = self.states([one.choice for one in passes], [one.measured for one in passes], stride)
         h, context = self.runner.embed(ids.repeat(len(passes), 1))
         experts, losses = _through(states), [one.loss for one in passes]
-        if self.bank.streamed:
+        if self.bank.streaming is not None:
             borders = list[torch.Tensor]()
             with torch.no_grad():
                 for index, layer in self.walk(states):

@@ -23,7 +23,7 @@ from moe_rco.types import CostTable, Option
 
 TOKENS = 1 << 15
 """Tokens that one expert is run on at once."""
-WORKSPACE = 1 << 30
+WORKSPACE = 1 << 32
 """Bytes for the experts that are quantised at once."""
 
 
@@ -71,15 +71,15 @@ class RoutedTokens:
 
 
 class LayerQuantizer:
-    """Quantises a layer's experts, some at a time, with the second moments of their inputs if the method is GPTQ."""
+    """Quantises a layer's experts, as many at a time as `workspace` bytes allow; by GPTQ with the moments of their inputs."""
 
-    def __init__(self, bank: LayerBank, tokens: RoutedTokens, method: str) -> None:
+    def __init__(self, bank: LayerBank, tokens: RoutedTokens, method: str, workspace: int) -> None:
         self._bank, self._tokens = bank, tokens
         self._pooled: list[HessianAccumulator] | None = None
         hidden, inner = bank.weights(0, bank.original)[1].shape
         # Weights, codes and grids in float32, and Hessians and their factors in float64, with some copies of each.
         expert = 24 * 3 * hidden * inner + (40 * (hidden**2 + inner**2) if method == "gptq" else 0)
-        self._together = max(1, WORKSPACE // expert)
+        self._together = max(1, workspace // expert)
         if method == "gptq":
             self._pooled = [HessianAccumulator(1, size, bank.device) for size in (hidden, inner)]
 

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from moe_rco.adapters import Adapter
+from moe_rco.calib.streaming import Streaming
 from moe_rco.calib.transfer import Mover
 from moe_rco.calib.window import Window
 from moe_rco.ckpt.reader import Checkpoint
@@ -49,7 +50,7 @@ class Context:
 class Runner:
     """The dense part of a causal MoE model: everything except the routed experts.
 
-    Weights are read from the checkpoint on construction, in `dtype`, to `device`; with `window` bytes they are read when they
+    Weights are read from the checkpoint on construction, in `dtype`, to `device`; with `streaming` they are read when they
     are needed, a layer or two at a time. Raises ModelError when one is missing.
     """
 
@@ -59,7 +60,7 @@ class Runner:
         adapter: Adapter,
         device: torch.device,
         dtype: torch.dtype,
-        window: int | None = None,
+        streaming: Streaming | None = None,
     ) -> None:
         self.adapter, self.device, self.dtype = adapter, device, dtype
         self.config: Any = AutoConfig.from_pretrained(checkpoint.directory)
@@ -86,8 +87,8 @@ class Runner:
         self._window: Window[int, dict[str, torch.Tensor]] | None = None
         self._embedding = self._head = None
         self._norm.load_state_dict({"weight": self._read("model.norm.weight")}, assign=True)
-        if window is not None:
-            self._window = Window(self._layer_weights, _nbytes, window)
+        if streaming is not None:
+            self._window = Window(self._layer_weights, _nbytes, streaming.window)
             return
         self._embedding, self._head = self._read(EMBEDDING), self._read(HEAD)
         for index, layer in enumerate(self._decoder.layers):

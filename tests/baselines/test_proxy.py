@@ -33,7 +33,7 @@ def tiny_model(family: str, path: Path, pool: TokenPool) -> AssignedModel:
     adapter = get_adapter(config)
     table = cost_table(adapter.groups(config), OPTIONS, adapter.top_k(config), 1)
     runner = Runner(checkpoint, adapter, device, torch.float32)
-    bank, store = OptionBank(checkpoint, adapter, table, device, torch.float32), Store(path / "store", "test")
+    bank, store = OptionBank(checkpoint, table, device, torch.float32), Store(path / "store", "test")
     calibrate(AssignedModel(runner, adapter, config, bank), store, (pool, pool), "rtn", Silent())
     return AssignedModel(runner, adapter, config, bank, store)
 

@@ -18,20 +18,21 @@ from moe_rco.calib.objective import AssignedModel, Pass
 from moe_rco.calib.reference import divergence
 from moe_rco.calib.runner import Runner
 from moe_rco.calib.search import knapsack
+from moe_rco.calib.streaming import Streaming
 from moe_rco.ckpt.store import Store
 from moe_rco.recipe import Search
 from moe_rco.types import Budget, Silent
 from tests.calibrated import CPU, Calibration
 
-WINDOWS = [0, 60_000, 1 << 30]
-"""Bytes: nothing, some experts, and everything."""
+HELD = [Streaming(0, 16, 1), Streaming(60_000, 100, 1 << 18), Streaming(1 << 30, 1 << 15, 1 << 30)]
+"""Nothing and one of each, some, and everything."""
 
 
-@pytest.fixture(params=WINDOWS)
+@pytest.fixture(params=HELD)
 def streamed(request: pytest.FixtureRequest, ready: Calibration) -> AssignedModel:
     checkpoint = ready.model.bank._checkpoint
     adapter = get_adapter(checkpoint.config)
-    bank = OptionBank(checkpoint, adapter, ready.model.table, CPU, torch.float32, request.param)
+    bank = OptionBank(checkpoint, ready.model.table, CPU, torch.float32, request.param)
     runner = Runner(checkpoint, adapter, CPU, torch.float32, request.param)
     return AssignedModel(runner, adapter, checkpoint.config, bank, ready.store)
 
@@ -117,4 +118,4 @@ def test_calibration(ready: Calibration, streamed: AssignedModel, tmp_path: Path
 
 
 def config_of(ready: Calibration) -> dict:
-    return ready.model.bank._checkpoint.config
+    return ready.model.bank.config

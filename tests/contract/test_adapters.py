@@ -16,7 +16,7 @@ from moe_rco.calib.objective import AssignedModel
 from moe_rco.calib.runner import Runner
 from moe_rco.ckpt.reader import Checkpoint
 from moe_rco.errors import ModelError
-from moe_rco.pipeline import load_model
+from moe_rco.verify import load_model
 from tests.compressed import EVERY_OPTION, random_job, table_of
 from tests.tiny_models import save_tiny
 
@@ -44,7 +44,7 @@ def assigned(checkpoint: Checkpoint) -> AssignedModel:
     table = table_of(checkpoint, EVERY_OPTION)
     runner = Runner(checkpoint, adapter, CPU, torch.float32)
     return AssignedModel(
-        runner, adapter, checkpoint.config, OptionBank(checkpoint, adapter, table, CPU, torch.float32)
+        runner, adapter, checkpoint.config, OptionBank(checkpoint, table, CPU, torch.float32)
     )
 
 
@@ -125,7 +125,7 @@ def test_every_option_alone_reloads(tmp_path: Path) -> None:
 
 def assigned_for(checkpoint: Checkpoint, job: Any) -> AssignedModel:
     runner = Runner(checkpoint, job.adapter, CPU, torch.float32)
-    bank = OptionBank(checkpoint, job.adapter, job.assignment.table, CPU, torch.float32)
+    bank = OptionBank(checkpoint, job.assignment.table, CPU, torch.float32)
     return AssignedModel(runner, job.adapter, checkpoint.config, bank, job.store)
 
 

@@ -17,7 +17,7 @@ from moe_rco.calib.objective import AssignedModel
 from moe_rco.calib.runner import Runner
 from moe_rco.ckpt.dequantized import read_dequantized
 from moe_rco.ckpt.reader import Checkpoint
-from moe_rco.pipeline import load_model
+from moe_rco.verify import load_model
 from tests.compressed import Job
 from tests.stock import READABLE, stock_job
 from tests.tiny_models import FAMILIES, save_tiny
@@ -88,7 +88,7 @@ def searched(job: Job) -> torch.Tensor:
     """Logits [2, 24, V] of the model that the search saw, float32."""
     config, table = job.checkpoint.config, job.assignment.table
     runner = Runner(job.checkpoint, job.adapter, CPU, torch.float32)
-    bank = OptionBank(job.checkpoint, job.adapter, table, CPU, torch.float32)
+    bank = OptionBank(job.checkpoint, table, CPU, torch.float32)
     model = AssignedModel(runner, job.adapter, config, bank, job.store)
     return runner.logits(model.hidden(tokens(), job.assignment.choice))
 

@@ -1,0 +1,16 @@
+"""How much is held at once where a model's weights are streamed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """`window`: bytes of weights read ahead; `tokens`: as many go through a layer together while it is there;
+    `workspace`: bytes for the experts that are quantised at once.
+    """
+
+    window: int
+    tokens: int
+    workspace: int

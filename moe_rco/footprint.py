@@ -1,0 +1,143 @@
+"""How much memory a run takes, resident or streamed, and how much is streamed at once so that it stays within a limit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_rco.calib.reference import TOP
+from moe_rco.calib.streaming import Streaming
+from moe_rco.errors import UserError
+from moe_rco.units import format_size
+
+LIBRARIES = 650 * 10**6
+"""Resident bytes of the interpreter with torch and transformers."""
+CUDA_LIBRARIES = 2 * 10**9
+"""What they take beside a CUDA device, on the host."""
+_TOKENS = 1 << 15
+"""More tokens in a layer at once gain nothing."""
+_WORKSPACE = 1 << 32
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A model and its job in numbers. `kept` options keep an expert; `compact` bytes hold all of them of one layer as on
+    disk, with the original; `dense` are all parameters but routed experts', `head` those of the head; `tokens` in
+    `length` are all calibration text; a step has `samples` of `batch` sequences.
+    """
+
+    layers: int
+    experts: int
+    top_k: int
+    hidden: int
+    inner: int
+    attention: int
+    vocabulary: int
+    kept: int
+    compact: int
+    expert_numel: int
+    dense: int
+    tokens: int
+    length: int
+    samples: int
+    batch: int
+    item: int
+
+    @property
+    def head(self) -> int:
+        return self.vocabulary * self.hidden
+
+    @property
+    def references(self) -> int:
+        return self.tokens * (min(TOP, self.vocabulary - 1) * 8 + 4)
+
+    @property
+    def activations(self) -> int:
+        """What the calibration pass keeps of every token."""
+        return 3 * self.tokens * self.hidden * self.item
+
+    @property
+    def graph(self) -> int:
+        """Bytes that one token's way through one layer leaves for its backward pass."""
+        # The norms work in float32; queries, keys and values are normalised and turned.
+        attention = (6 * self.hidden + 5 * self.attention) * self.item + 4 * (
+            3 * self.hidden + self.attention
+        )
+        return attention + 12 * self.experts + 12 * self.top_k
+
+    @property
+    def routed(self) -> int:
+        """Bytes of one token's results in its experts."""
+        return self.top_k * (2 * self.inner + self.hidden) * self.item
+
+    @property
+    def backward(self) -> int:
+        """Bytes that the experts' backward pass takes for one token beside its graph."""
+        busiest = min(1.0, 4 * self.top_k / self.experts)
+        return (
+            int((3 * self.hidden + busiest * (6 * self.inner + 4 * self.hidden)) * self.item)
+            + 24 * self.experts
+        )
+
+    @property
+    def logits(self) -> int:
+        """Bytes at the head: some positions' logits and what the divergence makes of them."""
+        return 5 * 4 * min(1 << 25, self.length * self.vocabulary)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Predicted peaks in bytes, on the host and on a device (0 where the host computes), and how weights are held."""
+
+    host: int
+    device: int
+    streaming: Streaming | None
+
+
+def resident(shapes: Shapes, on_host: bool) -> Footprint:
+    """All weights at every option in memory."""
+    s = shapes
+    dense, expert = s.dense * s.item, s.layers * s.experts * s.expert_numel * s.item
+    text = s.batch * s.length
+    search = s.layers * text * (s.graph + s.routed) + text * s.backward + s.logits
+    calibrate = s.activations + min(_WORKSPACE, s.experts * _quantising(s))
+    memory = dense + max(expert + calibrate, expert * (1 + s.kept) + search)
+    return _placed(s, memory, 0, None, on_host)
+
+
+def streamed(shapes: Shapes, limit: int, on_host: bool) -> Footprint:
+    """As much at once as the limit allows. Raises UserError where the least is more."""
+    s = shapes
+    layer = max(0, s.dense - 2 * s.head) // s.layers * s.item
+    expert = s.expert_numel * s.item
+    fixed = 3 * layer + s.head * s.item + 4 * expert + s.logits
+    on_limited = fixed + (LIBRARIES + s.references + s.activations if on_host else 0)
+    token = s.graph + s.backward + (s.layers * s.hidden * s.item if on_host else 0)
+    least = on_limited + s.length * token + max(_quantising(s), layer)
+    if least > limit:
+        raise UserError(
+            f"the run needs at least {format_size(least)} of memory even with weights streamed, and may take "
+            f"{format_size(limit)}: set execution.memory_limit to that or more where there is as much, or lower "
+            f"calibration.sequences or sequence_length"
+        )
+    room = limit - on_limited
+    wanted = max(s.batch * s.samples, 8) * s.length
+    tokens = max(s.length, min(_TOKENS, wanted, room // 2 // token))
+    room -= tokens * token
+    workspace = max(_quantising(s), min(_WORKSPACE, room // 2))
+    window = max(layer, min(2 * (s.compact + layer), room // 2 if not on_host else min(room // 2, 1 << 28)))
+    memory = fixed + max(tokens * token + 2 * window, workspace + window)
+    boundary = 0 if on_host else s.layers * tokens * s.hidden * s.item
+    if on_host:
+        memory += s.references + s.activations
+    return _placed(s, memory, boundary, Streaming(window, tokens, workspace), on_host)
+
+
+def _quantising(s: Shapes) -> int:
+    """Bytes for quantising one expert."""
+    return 24 * s.expert_numel + 40 * (s.hidden**2 + s.inner**2)
+
+
+def _placed(s: Shapes, memory: int, boundary: int, streaming: Streaming | None, on_host: bool) -> Footprint:
+    if on_host:
+        return Footprint(LIBRARIES + memory, 0, streaming)
+    return Footprint(LIBRARIES + CUDA_LIBRARIES + s.references + boundary, memory, streaming)

@@ -1,0 +1,159 @@
+"""Reads a written checkpoint back, compares it with the model that was searched, and measures it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from moe_rco.adapters import get_adapter
+from moe_rco.calib.bank import OptionBank
+from moe_rco.calib.data import TokenPool
+from moe_rco.calib.measure import Model, Scores, measure
+from moe_rco.calib.objective import AssignedModel
+from moe_rco.calib.runner import Runner
+from moe_rco.ckpt.dequantized import read_dequantized
+from moe_rco.ckpt.reader import Checkpoint
+from moe_rco.ckpt.stock import QUANT_METHOD, renumbering
+from moe_rco.errors import MoeRcoError
+from moe_rco.report import Reload
+from moe_rco.serve.hf import register
+from moe_rco.types import Assignment, Progress
+
+RELOAD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
+"""Largest difference of a logit between the written and the searched model; routing may differ by rounding in bfloat16."""
+RELOAD_SEQUENCES = 4
+
+
+def verify(
+    model: AssignedModel,
+    assignment: Assignment,
+    directory: Path,
+    pool: TokenPool,
+    sample: torch.Tensor,
+    progress: Progress,
+) -> tuple[Reload, Scores]:
+    """Read a written checkpoint, compare its logits with the searched model on sample [B, S], and measure it on a pool.
+
+    transformers loads it; where the model is streamed, our own layers do, from the written files. Raises MoeRcoError where they
+    differ: what was written is not what was chosen.
+    """
+    runner = model.runner
+    searched, original = Assigned(model, assignment.choice), Assigned(model, None)
+    if model.bank.streaming is None:
+        by, written = "transformers", Loaded(load_model(directory, runner.device, runner.dtype))
+    else:
+        by, written = "our own layers", read_written(directory, assignment, model)
+    difference, tolerance = _difference(searched, written, sample, model), RELOAD_TOLERANCE[runner.dtype]
+    if not difference <= tolerance:
+        raise MoeRcoError(
+            f"the written checkpoint's logits differ from the searched model's by {difference:.3g} (tolerance {tolerance}); "
+            "nothing was put in place"
+        )
+    reload = Reload(by=by, max_logit_difference=difference, tolerance=tolerance, passed=True)
+    batch = model.batch(pool.ids.shape[1])
+    return reload, measure(original, written, pool, runner.vocab_size, progress, batch)
+
+
+@torch.no_grad()
+def _difference(first: Model, second: Model, ids: torch.Tensor, model: AssignedModel) -> float:
+    """Largest absolute difference of a logit."""
+    states, found = [one.hidden(ids) for one in (first, second)], 0.0
+    with first.head() as ours, second.head() as theirs:
+        for row in range(len(ids)):
+            for part in model.positions(ids.shape[1]):
+                a, b = ours(states[0][row, part]), theirs(states[1][row, part])
+                found = max(found, float((a.float() - b.float()).abs().max()))
+                if not bool(torch.isfinite(b).all()):
+                    return float("nan")
+    return found
+
+
+@dataclass(frozen=True)
+class Assigned:
+    """Our own layers under a choice [N], or with the original weights."""
+
+    model: AssignedModel
+    choice: np.ndarray | None
+
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model.hidden(ids, self.choice)
+
+    def head(self) -> AbstractContextManager[Callable[[torch.Tensor], torch.Tensor]]:
+        return self.model.runner.head()
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model of transformers."""
+
+    model: Any
+
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model.model(ids.to(self.model.device)).last_hidden_state
+
+    def head(self) -> AbstractContextManager[Callable[[torch.Tensor], torch.Tensor]]:
+        return nullcontext(self.model.lm_head)
+
+
+class _Files:
+    """A written checkpoint in the place of a store: the experts of all options lie in the same files."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def tensors(self, layer: int, option: object) -> Any:
+        return self._checkpoint.tensors
+
+
+def read_written(directory: Path, assignment: Assignment, model: AssignedModel) -> Assigned:
+    """A written checkpoint as our own streamed layers: every expert is read from its files, in the option it has there."""
+    checkpoint = Checkpoint(directory, allow_quantized=True)
+    adapter, searched = get_adapter(checkpoint.config), model.bank
+    before = {new: old for old, new in renumbering(assignment, adapter, searched.config).experts.items()}
+    rows = {group.name: row for row, group in enumerate(assignment.table.groups)}
+    groups = adapter.groups(checkpoint.config)
+    at = np.array([rows[before.get(group.name, group.name)] for group in groups])
+    table = replace(assignment.table, groups=groups, costs=assignment.table.costs[at])
+    runner = Runner(checkpoint, adapter, searched.device, searched.dtype, searched.streaming)
+    bank = OptionBank(checkpoint, table, searched.device, searched.dtype, searched.streaming)
+    files: Any = _Files(checkpoint)
+    return Assigned(AssignedModel(runner, adapter, checkpoint.config, bank, files), assignment.choice[at])
+
+
+def load_model(directory: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """A written checkpoint as a transformers model.
+
+    Quantised experts of the stock layout are dequantised here: transformers does it in bfloat16 only, and not
+    at all where layers have different widths.
+    """
+    register()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        checkpoint = Checkpoint(directory, allow_quantized=True)
+        method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
+        if method == QUANT_METHOD:
+            model = _dequantized_model(checkpoint, dtype)
+        else:
+            model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+        return model.to(device).eval()
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _dequantized_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    config: Any = AutoConfig.from_pretrained(checkpoint.directory)
+    del config.quantization_config
+    model_class = getattr(transformers, get_adapter(checkpoint.config).architecture)
+    weights = read_dequantized(checkpoint, dtype)
+    return model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
