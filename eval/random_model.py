@@ -3,7 +3,8 @@
     python -m eval.random_model out/random --layers 4
 
 128 experts of 2048 x 768, top 8, the demo's tokenizer; 1.2 GB a layer in bfloat16. Weights are drawn on the GPU where
-there is one, and written one by one: the model need not fit into memory. What it says is noise: it is for `eval.serving`, not for quality.
+there is one, and written one by one: the model need not fit into memory. What it says is noise: it is for speed, not for
+quality.
 """
 
 from __future__ import annotations

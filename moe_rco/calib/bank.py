@@ -17,7 +17,8 @@ from moe_rco.ckpt.header import TensorInfo
 from moe_rco.ckpt.reader import Checkpoint
 from moe_rco.ckpt.store import Store
 from moe_rco.errors import StoreError
-from moe_rco.quant.packing import PACKED, SCALE, SHAPE, WEIGHT, ZERO_POINT, dequantize
+from moe_rco.quant.grid import Quantized
+from moe_rco.quant.packing import PACKED, SCALE, SHAPE, WEIGHT, ZERO_POINT, unpack
 from moe_rco.types import CostTable, Weight
 
 Stacked = tuple[torch.Tensor, torch.Tensor]
@@ -161,8 +162,10 @@ class OptionBank:
                 gate, up, down = gate.bfloat16(), up.bfloat16(), down.bfloat16()
             return torch.cat([gate, up]).to(self.dtype), down.to(self.dtype)
         option = self.table.options[key[2]]
-        gate, up, down = (dequantize(part, option).to(self.dtype) for part in compact)
-        return torch.cat([gate, up]), down
+        gate, up, down = (unpack(part, option) for part in compact)
+        zero = None if gate.zero is None or up.zero is None else torch.cat([gate.zero, up.zero])
+        joined = Quantized(torch.cat([gate.codes, up.codes]), torch.cat([gate.scale, up.scale]), zero)
+        return joined.dequantize().to(self.dtype), down.dequantize().to(self.dtype)
 
     def _load(self, key: Key) -> Compact:
         layer, expert, option = key

@@ -75,10 +75,12 @@ def dequantize_codes(
 ) -> Tensor:
     """`(codes - zero) * scale`, [..., R, C], rounded to `dtype` once as compressed-tensors does."""
     work = torch.promote_types(dtype, torch.float32)
-    groups = codes.to(work).unflatten(-1, (scale.shape[-1], -1))
+    values = codes.to(work, copy=True)
+    groups = values.view(*codes.shape[:-1], scale.shape[-1], -1)
     if zero is not None:
-        groups = groups - zero.to(work).unsqueeze(-1)
-    return (groups * scale.to(work).unsqueeze(-1)).flatten(-2).to(dtype)
+        groups -= zero.to(work).unsqueeze(-1)
+    groups *= scale.to(work).unsqueeze(-1)
+    return values.to(dtype)
 
 
 def fit_grid(weight: Tensor, option: Option, importance: Tensor | None = None, search: bool = True) -> Grid:
