@@ -60,27 +60,29 @@ def proxy(table: CostTable, budget: Budget, errors: OutputErrors, scale: Scale =
 def output_errors(model: AssignedModel, pool: TokenPool, progress: Progress) -> OutputErrors:
     """Measure every option of every expert on a pool. Raises StoreError where one is not quantised yet."""
     table, runner = model.table, model.runner
-    states = model.states([None])
-    layers = {layer: _Layer(state) for layer, state in states.items()}
-
-    def experts(layer: int, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        return layers[layer].observe(x, logits)
-
+    states, (groups, options) = model.states([None]), table.costs.shape
     with progress.stage("measure output errors", len(pool)) as advance:
-        for _, ids in pool.batches(model.batch(pool.ids.shape[1])):
+
+        def sums(ids: torch.Tensor) -> np.ndarray:
+            layers = {layer: _Layer(state) for layer, state in states.items()}
+
+            def experts(layer: int, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+                return layers[layer].observe(x, logits)
+
             h, context = runner.embed(ids.to(runner.device))
+            found = np.zeros((groups, options + 2))
             for index, layer in model.walk(states, every=True):
                 h = runner.step(index, layer, h, context, experts)
                 if index in layers:
-                    layers[index].stream += float(h.double().square().sum())
-            advance(len(ids))
-    groups, options = table.costs.shape
-    found = OutputErrors(np.zeros((groups, options)), np.zeros(groups), np.zeros(groups))
-    for index, layer in layers.items():
-        rows = table.rows(index)
-        found.errors[rows] = layer.errors[:, :options].cpu().numpy()
-        found.block[rows], found.stream[rows] = layer.block, layer.stream
-    return found
+                    rows, of = table.rows(index), layers[index]
+                    found[rows, :options] = of.errors[:, :options].cpu().numpy()
+                    found[rows, options:] = of.block, float(h.double().square().sum())
+            advance(min(len(pool), len(ids) * model.team.size))
+            return found
+
+        batches = [ids for _, ids in pool.batches(model.batch(pool.ids.shape[1]))]
+        total = np.sum(model.team.map(sums, batches), axis=0)
+    return OutputErrors(total[:, :options].copy(), total[:, options].copy(), total[:, options + 1].copy())
 
 
 class _Layer:
@@ -90,7 +92,7 @@ class _Layer:
         self._state = state
         shape = (state.bank.num_experts, state.bank.original + 1)
         self.errors = torch.zeros(shape, dtype=torch.float64, device=state.bank.device)
-        self.block = self.stream = 0.0
+        self.block = 0.0
 
     def observe(self, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Run the original experts on x [T, H], adding what every option of every one would change."""

@@ -45,9 +45,11 @@ def fisher_effects(model: AssignedModel, pool: TokenPool, seed: int, progress: P
     pruned = [option for option in range(len(table.options)) if option == table.prune_index]
     kept = [option for option in range(len(table.options)) if option != table.prune_index]
     wanted = [(kept, 1.0), (pruned, PRUNE_TEMPERATURE)] if pruned else [(kept, 1.0)]
-    total, tokens = np.zeros(table.costs.shape), 0
+    size = model.batch(pool.ids.shape[1], len(wanted))
     with progress.stage("measure every option", len(pool)) as advance:
-        for part, ids in pool.batches(model.batch(pool.ids.shape[1], len(wanted))):
+
+        def squares(at: tuple[slice, torch.Tensor]) -> np.ndarray:
+            part, ids = at
             passes = []
             for number, (measured, temperature) in enumerate(wanted):
                 # Of each sequence by itself, so that what is drawn does not depend on how many go together.
@@ -55,9 +57,11 @@ def fisher_effects(model: AssignedModel, pool: TokenPool, seed: int, progress: P
                 draws = [np.random.default_rng((seed, row, number)).random(ids.shape[1]) for row in rows]
                 loss = log_likelihood_of_samples(torch.from_numpy(np.stack(draws)), temperature)
                 passes.append(Pass(None, loss, measured))
-            found = model.effects(passes, ids)
-            for (measured, _), (_, effects) in zip(wanted, found, strict=True):
+            total = np.zeros(table.costs.shape)
+            for (measured, _), (_, effects) in zip(wanted, model.own_effects(passes, ids), strict=True):
                 total[:, measured] += effects.squared[:, measured] * ids.numel()
-            tokens += ids.numel()
-            advance(len(ids))
-    return 0.5 * total / tokens
+            advance(min(len(pool), len(ids) * model.team.size))
+            return total
+
+        found = model.team.map(squares, list(pool.batches(size)))
+    return 0.5 * np.sum(found, axis=0) / pool.ids.numel()

@@ -17,6 +17,7 @@ from moe_rco.calib.effects import EffectSums, Measured
 from moe_rco.calib.moe import LayerState
 from moe_rco.calib.reference import Reference, divergence
 from moe_rco.calib.runner import Experts, Runner
+from moe_rco.calib.team import Team
 from moe_rco.ckpt.store import Store
 from moe_rco.types import CostTable
 
@@ -55,9 +56,15 @@ class AssignedModel:
     """
 
     def __init__(
-        self, runner: Runner, adapter: Adapter, config: Config, bank: OptionBank, store: Store | None = None
+        self,
+        runner: Runner,
+        adapter: Adapter,
+        config: Config,
+        bank: OptionBank,
+        store: Store | None = None,
+        team: Team | None = None,
     ) -> None:
-        self.runner, self.bank, self.store = runner, bank, store
+        self.runner, self.bank, self.store, self.team = runner, bank, store, team or Team()
         self.table: CostTable = bank.table
         self.top_k, self.renormalise = adapter.top_k(config), adapter.renormalise(config)
 
@@ -115,8 +122,10 @@ class AssignedModel:
     @torch.no_grad()
     def divergences(self, choice: np.ndarray, pool: TokenPool, reference: Reference) -> np.ndarray:
         """Mean KL to the reference of each sequence of a pool under `choice` [groups], float64 [sequences]."""
-        rows = []
-        for part, ids in pool.batches(self.batch(pool.ids.shape[1])):
+
+        def batch(at: tuple[slice, torch.Tensor]) -> np.ndarray:
+            part, ids = at
+            rows = np.full(size, np.nan)
             target, hidden = reference.of(part, self.runner.device), self.hidden(ids, choice)
             with self.runner.head() as logits:
                 for row, states in enumerate(hidden):
@@ -124,13 +133,34 @@ class AssignedModel:
                         float(divergence(target.at(row, positions), logits(states[positions])).double().sum())
                         for positions in self.positions(len(states))
                     )
-                    rows.append(total / len(states))
-        return np.array(rows)
+                    rows[row] = total / len(states)
+            return rows
+
+        size = min(len(pool), self.batch(pool.ids.shape[1]))
+        return np.concatenate(self.team.map(batch, list(pool.batches(size))))[: len(pool)]
 
     def effects(
         self, passes: Sequence[Pass], ids: torch.Tensor, stride: int = 1
     ) -> list[tuple[float, Effects]]:
-        """For each pass its loss summed over ids [B, S], and the effect of every move."""
+        """For each pass its loss summed over ids [B, S], and the effect of every move; passes are shared by the team."""
+        size, shape = self.team.size, self.table.costs.shape
+        shares = [passes[number::size] for number in range(min(size, len(passes)))]
+
+        def run(share: Sequence[Pass]) -> np.ndarray:
+            # All of a share have to have one shape, also where there is one pass more in it than in another.
+            packed = np.zeros((-(-len(passes) // size), 1 + 2 * shape[0] * shape[1]))
+            for row, (total, effects) in zip(packed, self.own_effects(share, ids, stride), strict=False):
+                row[0], row[1:] = total, np.concatenate([effects.linear, effects.squared]).ravel()
+            return packed
+
+        found = self.team.map(run, shares)
+        rows = (found[number % size][number // size] for number in range(len(passes)))
+        return [(float(row[0]), Effects(*row[1:].reshape(2, *shape))) for row in rows]
+
+    def own_effects(
+        self, passes: Sequence[Pass], ids: torch.Tensor, stride: int = 1
+    ) -> list[tuple[float, Effects]]:
+        """As `effects`, by this process alone."""
         streaming, ids = self.bank.streaming, ids.to(self.runner.device)
         together = 1 if streaming is None else max(1, streaming.tokens // ids.numel())
         groups = (passes[start : start + together] for start in range(0, len(passes), together))
