@@ -39,6 +39,10 @@ class OutputError(UserError):
     """The output directory exists, cannot be written, or does not fit on the disk."""
 
 
+class LockError(UserError):
+    """Another process works in the same directory."""
+
+
 class ScoringError(UserError):
     """Tasks, their data or the programs that score are missing, or were asked for what they cannot do."""
 
