@@ -46,7 +46,7 @@ def assert_refused(result: Result, *parts: str) -> None:
 
 
 def test_the_commands() -> None:
-    assert COMMANDS == ["eval", "init", "inspect", "prune", "serve", "validate"]
+    assert COMMANDS == ["eval", "init", "inspect", "prune", "serve", "status", "validate"]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
