@@ -111,8 +111,11 @@ def _inputs(assignment: Assignment, plan: Plan, store: Store, entries: list[Entr
 
 def _resumed(manifest: Path, directory: Path, inputs: str) -> ShardManifest:
     """The manifest of a directory, from which everything but the shards it lists has been removed."""
-    found = ShardManifest(manifest, inputs)
     directory.mkdir(parents=True, exist_ok=True)
+    if not manifest.exists() and any(directory.iterdir()):
+        raise OutputError(f"{directory} is not empty, and {manifest} does not tell what is in it; remove it")
+    found = ShardManifest(manifest, inputs)
+    found.begin(0)
     for path in directory.iterdir():
         if path.is_dir():
             shutil.rmtree(path)

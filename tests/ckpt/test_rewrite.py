@@ -340,6 +340,15 @@ def test_shards_made_from_something_else_are_not_taken(job: Job, tmp_path: Path)
     assert tree(staged) == tree(tmp_path / "undisturbed")
 
 
+def test_a_directory_without_a_manifest_is_not_emptied(job: Job, tmp_path: Path) -> None:
+    (tmp_path / "staged").mkdir()
+    (tmp_path / "staged" / "thesis.tex").write_text("x")
+    before = tree(tmp_path)
+    with pytest.raises(OutputError, match="is not empty"):
+        job.write(tmp_path / "staged", manifest=tmp_path / "manifest")
+    assert tree(tmp_path) == before
+
+
 def test_experts_quantised_anew_are_copied_anew(job: Job, tmp_path: Path) -> None:
     """A store whose fingerprint is the same may hold other bytes: rounding differs between machines."""
     store = Store(shutil.copytree(job.store.directory, tmp_path / "store"), job.store.fingerprint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
 
@@ -24,7 +25,7 @@ VALUES = {
 }
 
 
-def same(loaded: dict[str, object] | None, values: dict[str, object]) -> bool:
+def same(loaded: Mapping[str, object] | None, values: Mapping[str, object]) -> bool:
     if loaded is None or loaded.keys() != values.keys():
         return False
     pairs = ((loaded[name], value) for name, value in values.items())
