@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
@@ -65,6 +67,20 @@ def test_killed_at_any_moment_it_is_the_old_or_the_new(tmp_path: Path) -> None:
         assert same(state.load(), new)
         assert [path.name for path in tmp_path.iterdir()] == ["state"]
     assert moment >= 3
+
+
+def test_killed_while_it_is_written_it_is_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, write_file = SavedState(tmp_path / "state", "f"), state_module.write_file
+    state.save({"step": 1})
+
+    def half(path: Path, *rest: object) -> None:
+        write_file(path, *rest)  # pyright: ignore[reportArgumentType]
+        os.truncate(path, path.stat().st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(state_module, "write_file", half)
+    assert killed_at(10**9, lambda: state.save(VALUES))
+    assert same(state.load(), {"step": 1})
 
 
 def test_a_full_disk_is_the_user_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

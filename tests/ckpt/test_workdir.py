@@ -181,12 +181,11 @@ def test_what_a_run_killed_after_its_end_left_is_removed(work: WorkDirectory) ->
         assert {path.name for path in work.path.iterdir()} == {"lock"}
 
 
-def test_where_it_cannot_be_made(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    with (
-        pytest.raises(OutputError, match="cannot be made"),
-        WorkDirectory.of(tmp_path / "file" / "out").locked(),
-    ):
+@pytest.mark.parametrize("name", ["file/out", "out"])
+def test_where_it_cannot_be_made(tmp_path: Path, name: str) -> None:
+    for taken in ("file", "out.work"):
+        (tmp_path / taken).write_text("x")
+    with pytest.raises(OutputError, match="cannot be made"), WorkDirectory.of(tmp_path / name).locked():
         pass
 
 
