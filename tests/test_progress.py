@@ -183,9 +183,11 @@ class Totals:
         yield lambda units: None
 
 
-@pytest.mark.parametrize("method", ["rco", "evolution", "fisher"])
+@pytest.mark.parametrize(
+    ("method", "ratio"), [("rco", 0.25), ("rco", 1), ("evolution", 0.25), ("fisher", 0.25)]
+)
 def test_the_totals_are_those_of_the_run(
-    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, ratio: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = Path(__file__).resolve().parents[1] / "eval" / "models" / "mixtral"
     text = tmp_path / "text.txt"
@@ -193,7 +195,8 @@ def test_the_totals_are_those_of_the_run(
     settings = (
         f"model={model}", f"calibration.data={text}", "calibration.sequences=8", "calibration.sequence_length=32",
         "options=[prune, int4-g64, bf16]", "search.steps=3", "search.refine=2", "search.samples=2",
-        "search.batch=2", "quantizer.method=rtn", f"search.method={method}", f"output={tmp_path / 'out'}",
+        "search.batch=2", "quantizer.method=rtn", f"search.method={method}", f"budget.ratio={ratio}",
+        f"output={tmp_path / 'out'}",
     )  # fmt: skip
     noted: list[Run] = []
     save = Run.save

@@ -186,6 +186,7 @@ def wait_for(run: Started, work: WorkDirectory, count: Count, least: int) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a minute and a half where nothing else runs
 def test_killed_twenty_times_it_ends_in_the_same_bytes(
     recipe: Path, start: Callable[..., Started], undisturbed: Path
 ) -> None:
