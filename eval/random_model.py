@@ -20,7 +20,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 
 from moe_rco.adapters import get_adapter
-from moe_rco.ckpt.writer import Entry, ShardWriter
+from moe_rco.ckpt.shards import ShardWriter
+from moe_rco.ckpt.writer import Entry
 from moe_rco.recipe import DEMO_MODEL
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -123,6 +123,24 @@ def prune(
     console.show_summary(pipeline.prune(loaded, progress=console.RichProgress(), overwrite=overwrite))
 
 
+@app.command(epilog=_example("moe-rco status out/demo", "moe-rco status out/demo --json"))
+@click.argument("directory")
+@click.option("--json", "as_json", is_flag=True, help="Print the same as JSON.")
+@_debug_option
+def status(directory: str, as_json: bool) -> None:
+    """Show how far a run of `prune` is, whether or not it is running.
+
+    DIRECTORY is a recipe's output, finished or not, or the directory ending in .work beside it.
+    """
+    from moe_rco import console, progress
+
+    found = progress.status(directory)
+    if as_json:
+        click.echo(found.model_dump_json(indent=2))
+    else:
+        console.show_status(found)
+
+
 @app.command(epilog=_example("moe-rco validate my.yaml", "moe-rco validate demo --set budget.ratio=0.35"))
 @click.argument("recipe")
 @_set_option

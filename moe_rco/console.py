@@ -21,6 +21,7 @@ from rich.text import Text
 
 from moe_rco.heatmap import Key, legend
 from moe_rco.inspection import Inspection
+from moe_rco.progress import Status
 from moe_rco.report import Preflight, Report, StockPart
 from moe_rco.serving import ServePlan
 from moe_rco.units import format_duration, format_size
@@ -222,6 +223,35 @@ def _show_stock(part: StockPart, console: Console) -> None:
     )
     readers = "vLLM and transformers" if part.transformers_reads else "vLLM"
     console.print(f"Read without moe_rco by {readers}.\n")
+
+
+def show_status(status: Status, console: Console | None = None) -> None:
+    """What `status` says: the state, what is kept of every stage, and the finished output."""
+    console = console or stdout()
+    console.print(f"{status.output}: {status.state}", style="bold", soft_wrap=True)
+    if status.process is not None:
+        p, verb = status.process, "is" if status.state == "running" else "was"
+        console.print(f"It {verb} process {p.pid} on {p.host}, started {p.started}.", soft_wrap=True)
+    if status.stages:
+        console.print()
+        table = _table("stage", "done>", "of>")
+        for stage in status.stages:
+            table.add_row(stage.name, f"{stage.done:,}", f"{stage.total:,}" if stage.total else "-")
+        console.print(table)
+    if status.state == "interrupted":
+        console.print("\nThe same command goes on from here.")
+    if status.result is not None:
+        r = status.result
+        console.print()
+        table = _table("", "")
+        table.add_row("model", r.model)
+        table.add_row("budget", f"{_bytes(r.budget_bytes)} ({r.budget})")
+        table.add_row("routed experts", _bytes(r.expert_bytes))
+        table.add_row("whole model", _bytes(r.total_bytes))
+        table.add_row("KL, held-out text", f"{r.kl:.5f} ± {r.kl_stderr:.5f} nats per token")
+        if status.state != "finished":
+            console.print("An earlier run's output is there until this one has finished:")
+        console.print(table)
 
 
 def show_inspect(found: Inspection, console: Console | None = None) -> None:

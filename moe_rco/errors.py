@@ -43,6 +43,10 @@ class TeamError(MoeRcoError):
     """A process that shares the run's work is gone."""
 
 
+class LockError(UserError):
+    """Another process works in the same directory."""
+
+
 class ScoringError(UserError):
     """Tasks, their data or the programs that score are missing, or were asked for what they cannot do."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,12 +29,14 @@ from moe_rco.calib.fisher import fisher_effects
 from moe_rco.calib.objective import AssignedModel
 from moe_rco.calib.runner import Runner
 from moe_rco.calib.search import SEED, Chosen, find, knapsack
-from moe_rco.ckpt.destination import check_destination, publish
+from moe_rco.ckpt.destination import check_place, publish, recover
 from moe_rco.ckpt.reader import Checkpoint
 from moe_rco.ckpt.rewrite import rewrite
 from moe_rco.ckpt.state import SavedState
 from moe_rco.ckpt.store import Store
+from moe_rco.ckpt.workdir import WorkDirectory
 from moe_rco.plan import Plan, costs_digest
+from moe_rco.progress import Run
 from moe_rco.recipe import Recipe
 from moe_rco.report import Preflight, Report
 from moe_rco.reporting import build_report
@@ -73,18 +74,25 @@ def preflight(recipe: Recipe, *, overwrite: bool = False) -> Preflight:
 def prune(recipe: Recipe, *, progress: Progress | None = None, overwrite: bool = False) -> Report:
     """Do the whole job of a recipe: the output directory appears complete, measured and with its report, or not at all.
 
-    What is quantised is kept in `<output>.work` until the end, so that an interrupted run goes on where it was.
+    What is done is kept in `<output>.work` until the end, so that a run interrupted at any moment goes on where it was.
     Raises UserError for what the user can repair.
     """
-    clock = _Clock(progress or Silent())
+    output = Path(recipe.output)
+    check_place(output)
+    work = WorkDirectory.of(output)
+    with work.locked():
+        recover(output)
+        return _prune(recipe, work, output, _Clock(progress or Silent()), overwrite)
+
+
+def _prune(recipe: Recipe, work: WorkDirectory, output: Path, clock: _Clock, overwrite: bool) -> Report:
     ready = checks.make_ready(recipe, overwrite=overwrite)
     sized, checkpoint = ready.sized, ready.checkpoint
+    Run.of(recipe, sized.table, sized.budget).save(work)
     checkpoint.check_finite(sized.adapter, clock)
-    output = Path(recipe.output)
-    work = output.with_name(output.name + ".work")
-    prepared = prepare(ready, work, clock)
-    inputs = f"{prepared.store.fingerprint} {recipe.digest()}"
-    chosen = choose(prepared, sized.budget, recipe, clock, SavedState(work / "search.safetensors", inputs))
+    prepared = prepare(ready, work.path, clock)
+    search = work.search(prepared.store.fingerprint, recipe.digest())
+    chosen = choose(prepared, sized.budget, recipe, clock, search)
     assignment = chosen.best.assignment
     plan = Plan.from_assignment(
         assignment,
@@ -93,33 +101,32 @@ def prune(recipe: Recipe, *, progress: Progress | None = None, overwrite: bool =
         recipe_digest=recipe.digest(),
         losses={"kept_out_kl": chosen.best.kl},
     )
-    staged = work / "checkpoint"
     written = rewrite(
         checkpoint,
         assignment,
         plan,
         prepared.store,
-        staged,
+        work.checkpoint,
         recipe.to_yaml(),
-        overwrite=True,
+        manifest=work.shards,
         progress=clock,
     )
     heldout = heldout_pool(recipe.calibration, load_tokenizer(checkpoint.directory), prepared.pools[1])
     sample = prepared.pools[1].ids[:RELOAD_SEQUENCES]
-    reload, scores = verify(prepared.model, assignment, staged, heldout, sample, clock)
+    reload, scores = verify(prepared.model, assignment, work.checkpoint, heldout, sample, clock)
     report = build_report(
         sized, plan.model, prepared.store, chosen, written, reload, scores, clock.stages, output
     )
     report.check()
-    report.save(staged)
-    check_destination(output, overwrite=overwrite, keep=checkpoint.directory)
-    publish(staged, output, overwrite=overwrite, keep=checkpoint.directory)
-    shutil.rmtree(work, ignore_errors=True)
+    report.save(work.checkpoint)
+    work.will_publish()
+    publish(work.checkpoint, output, overwrite=overwrite, keep=checkpoint.directory)
+    work.clear()
     return report
 
 
 def prepare(ready: checks.Ready, work: Path, progress: Progress) -> Prepared:
-    """Quantise every option into `work/store`, and measure what each would do. Raises UserError."""
+    """Quantise every option into the store in `work`, and measure what each would do. Raises UserError."""
     recipe, sized, checkpoint, pools = ready.recipe, ready.sized, ready.checkpoint, ready.pools
     device = checks.resolve_device(recipe)
     dtype = checks.resolve_dtype(recipe, device)
@@ -127,15 +134,14 @@ def prepare(ready: checks.Ready, work: Path, progress: Progress) -> Prepared:
     runner = Runner(checkpoint, sized.adapter, device, dtype, streaming)
     tokens = [hashlib.sha256(pool.ids.numpy().tobytes()).hexdigest() for pool in pools]
     inputs = [checkpoint.digest(progress), *tokens, recipe.quantizer.model_dump(mode="json"), str(dtype)]
-    store = Store(work / "store", hashlib.sha256(json.dumps(inputs).encode()).hexdigest())
+    directory = WorkDirectory(work)
+    store = Store(directory.store, hashlib.sha256(json.dumps(inputs).encode()).hexdigest())
     bank = OptionBank(checkpoint, sized.table, device, dtype, streaming)
     original = AssignedModel(runner, sized.adapter, checkpoint.config, bank)
     calibrated = calibrate(original, store, pools, recipe.quantizer.method, progress)
     model = AssignedModel(runner, sized.adapter, checkpoint.config, bank, store)
     # The options decide the table's columns; the rest of what the effects depend on is in the store's fingerprint.
-    saved = SavedState(
-        work / "measured.safetensors", f"{store.fingerprint} {costs_digest(sized.table)} {recipe.search.seed}"
-    )
+    saved = directory.measured(store.fingerprint, costs_digest(sized.table), recipe.search.seed)
     state = saved.load()
     if state is None:
         effects = fisher_effects(model, pools[0], recipe.search.seed, progress)

@@ -33,7 +33,12 @@ class Job:
     recipe: str = "version: 1\n"
 
     def write(
-        self, destination: Path, *, shard_bytes: int = 100_000, overwrite: bool = False
+        self,
+        destination: Path,
+        *,
+        shard_bytes: int = 100_000,
+        overwrite: bool = False,
+        manifest: Path | None = None,
     ) -> RewriteResult:
         return rewrite(
             self.checkpoint,
@@ -44,6 +49,7 @@ class Job:
             self.recipe,
             shard_bytes=shard_bytes,
             overwrite=overwrite,
+            manifest=manifest,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def assert_refused(result: Result, *parts: str) -> None:
 
 
 def test_the_commands() -> None:
-    assert COMMANDS == ["eval", "init", "inspect", "prune", "serve", "validate"]
+    assert COMMANDS == ["eval", "init", "inspect", "prune", "serve", "status", "validate"]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -179,6 +180,17 @@ def test_inspect_and_init(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert_refused(run("init", "tiny", "-o", "no/such/place.yaml"), "cannot be written")
     assert_refused(run("inspect", "nowhere"), "no model directory nowhere")
     assert_refused(run("init", "nowhere"), "no model directory nowhere")
+
+
+def test_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shown = run("status", "out")
+    assert shown.exit_code == 0, shown.output
+    assert shown.stdout == f"{tmp_path / 'out'}: not started\n"
+    as_json = run("status", "out", "--json")
+    assert json.loads(as_json.stdout)["state"] == "not started"
+    save_tiny("qwen3_moe", "out")
+    assert_refused(run("status", "out"), "neither what moe-rco prune wrote nor where it works")
 
 
 # Real processes: exit codes and hooks that live outside click.

@@ -30,6 +30,7 @@ ROOMS = (
     "baselines",
     "serve",
     "report",
+    "progress",
     "scoring",
     "footprint",
     "preflight",

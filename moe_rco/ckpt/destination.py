@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moe_rco.ckpt.reader import CONFIG
+from moe_rco.ckpt.workdir import WorkDirectory, missing_parents
 from moe_rco.ckpt.writer import sync_directory
 from moe_rco.errors import OutputError, PlanError
 from moe_rco.plan import FILE_NAME, METHOD, Plan
@@ -24,7 +25,8 @@ def check_destination(
 ) -> None:
     """Check, leaving nothing behind, that a directory of `needed_bytes` can be made at `destination`.
 
-    `keep` is a directory (the source model) that must not be replaced. Raises OutputError.
+    What an interrupted run has already written for it counts as room. `keep` is a directory (the source model) that
+    must not be replaced. Raises OutputError.
     """
     if destination.is_symlink() or destination.exists():
         if not overwrite:
@@ -32,16 +34,30 @@ def check_destination(
         _check_replaceable(destination)
     if keep is not None and keep.resolve().is_relative_to(destination.resolve()):
         raise OutputError(f"output {destination} is or holds the model being read; name another one")
-    parent = _existing_parent(destination)
-    if not parent.is_dir():
-        raise OutputError(f"output {destination} cannot be made: {parent} is not a directory")
-    _check_writable(parent, destination)
-    free = shutil.disk_usage(parent).free
+    check_place(destination)
+    free = shutil.disk_usage(existing_parent(destination)).free + WorkDirectory.of(destination).held_bytes()
     if needed_bytes + MARGIN_BYTES > free:
         raise OutputError(
             f"output {destination} needs {format_size(needed_bytes)}, but its disk has {format_size(free)} free; "
             "make room or name another directory"
         )
+
+
+def check_place(destination: Path) -> None:
+    """Check, leaving nothing behind, that directories can be made where `destination` will be. Raises OutputError."""
+    parent = existing_parent(destination)
+    if not parent.is_dir():
+        raise OutputError(f"output {destination} cannot be made: {parent} is not a directory")
+    # By trying: permissions alone do not tell of read-only file systems, quotas or a superuser's limits.
+    probe = parent / f".{destination.name}.probe"
+    try:
+        probe.mkdir(exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # removed by another process that checks
+            probe.rmdir()
+    except OSError as error:
+        raise OutputError(
+            f"output {destination} cannot be made: {parent} is not writable ({error.strerror}); name another directory"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -53,7 +69,7 @@ def replacing(destination: Path, *, overwrite: bool = False, keep: Path | None =
     """
     check_destination(destination, overwrite=overwrite, keep=keep)
     parent = destination.parent
-    made = _missing_parents(parent)
+    made = missing_parents(parent)
     partial = parent / f".{destination.name}.tmp-{os.getpid()}"
     try:
         try:
@@ -63,7 +79,6 @@ def replacing(destination: Path, *, overwrite: bool = False, keep: Path | None =
         except OSError as error:
             raise OutputError(f"output {destination} cannot be made: {error}") from error
         yield partial
-        sync_directory(partial)
         publish(partial, destination, overwrite=overwrite, keep=keep)
         made = []
     finally:
@@ -74,11 +89,17 @@ def replacing(destination: Path, *, overwrite: bool = False, keep: Path | None =
 
 
 def publish(partial: Path, destination: Path, *, overwrite: bool = False, keep: Path | None = None) -> None:
-    """Rename a complete directory to `destination`, on the same file system. Raises OutputError."""
+    """Rename a complete directory to `destination`, on the same file system. Raises OutputError.
+
+    A directory that it replaces is moved aside first. If the process is killed before the new one is in its place,
+    `recover` brings the old one back.
+    """
+    recover(destination)
     # Hours may have passed since the first check.
     check_destination(destination, overwrite=overwrite, keep=keep)
-    old = destination.parent / f".{destination.name}.old-{os.getpid()}"
+    old = _aside(destination)
     try:
+        _sync_files(partial)
         if destination.exists():
             os.rename(destination, old)
         os.rename(partial, destination)
@@ -90,6 +111,34 @@ def publish(partial: Path, destination: Path, *, overwrite: bool = False, keep: 
         if old.exists() and not destination.exists():
             os.rename(old, destination)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(destination: Path) -> None:
+    """Repair what a process killed within `publish` left: the directory that it moved aside goes back if nothing took
+    its place, and away otherwise. Raises OutputError.
+    """
+    old = _aside(destination)
+    if not old.is_dir():
+        return
+    try:
+        if destination.exists():
+            shutil.rmtree(old)
+        else:
+            os.rename(old, destination)
+    except OSError as error:
+        raise OutputError(f"{old}, left by a run that was killed, cannot be removed: {error}") from error
+
+
+def _aside(destination: Path) -> Path:
+    return destination.with_name(f".{destination.name}.moe-rco-old")
+
+
+def _sync_files(directory: Path) -> None:
+    for path in directory.iterdir():
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    sync_directory(directory)
 
 
 def _check_replaceable(destination: Path) -> None:
@@ -128,25 +177,9 @@ def _quant_method(config: Path) -> object:
     return entry.get("quant_method") if isinstance(entry, dict) else None
 
 
-def _check_writable(parent: Path, destination: Path) -> None:
-    """By trying: permissions alone do not tell of read-only file systems, quotas or a superuser's limits."""
-    probe = parent / f".{destination.name}.probe-{os.getpid()}"
-    try:
-        probe.mkdir()
-        probe.rmdir()
-    except OSError as error:
-        raise OutputError(
-            f"output {destination} cannot be made: {parent} is not writable ({error.strerror}); name another directory"
-        ) from error
-
-
-def _existing_parent(path: Path) -> Path:
+def existing_parent(path: Path) -> Path:
+    """The nearest directory above a path that is there."""
     for parent in path.absolute().parents:
         if parent.exists():
             return parent
     return path.absolute().parents[-1]
-
-
-def _missing_parents(path: Path) -> list[Path]:
-    """The directories `mkdir(parents=True)` will make, deepest first."""
-    return [directory for directory in (path.absolute(), *path.absolute().parents) if not directory.exists()]

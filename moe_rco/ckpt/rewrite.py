@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -14,9 +16,10 @@ from moe_rco.adapters import Adapter, get_adapter
 from moe_rco.ckpt.destination import check_destination, replacing
 from moe_rco.ckpt.header import HeaderError, TensorInfo, read_header
 from moe_rco.ckpt.reader import CONFIG, Checkpoint
+from moe_rco.ckpt.shards import ShardManifest, ShardWriter
 from moe_rco.ckpt.stock import renumbering, rows, stock_config
 from moe_rco.ckpt.store import Store
-from moe_rco.ckpt.writer import Entry, ShardWriter, from_file, write_text
+from moe_rco.ckpt.writer import Entry, from_file, write_text
 from moe_rco.errors import OutputError, PlanError, StoreError
 from moe_rco.plan import FILE_NAME, Plan
 from moe_rco.quant.packing import layout
@@ -48,10 +51,13 @@ def rewrite(
     *,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
+    manifest: Path | None = None,
     progress: Progress | None = None,
 ) -> RewriteResult:
     """Write the model under `assignment` to the directory `destination`, which appears whole or not at all.
 
+    With `manifest`, a file, it is written in place instead, is whole when the call returns, and has nothing else in it.
+    The manifest tells the next call which shards an interrupted one completed: these are not written again.
     Memory: a few MiB. Raises OutputError (destination exists, is not writable, disk full), PlanError (plan,
     assignment and written bytes disagree), StoreError (a quantised expert is missing or damaged).
     """
@@ -63,25 +69,59 @@ def rewrite(
     _check_bytes(expert_bytes, plan)
     total = sum(entry.nbytes for entry in entries)
     companions = checkpoint.companions()
-    needed = total + sum(path.stat().st_size for path in companions)
-    check_destination(destination, overwrite=overwrite, needed_bytes=needed, keep=checkpoint.directory)
+    if manifest is None:
+        needed = total + sum(path.stat().st_size for path in companions)
+        check_destination(destination, overwrite=overwrite, needed_bytes=needed, keep=checkpoint.directory)
+        place = replacing(destination, overwrite=overwrite, keep=checkpoint.directory)
+    else:
+        place = contextlib.nullcontext(destination)
     if plan.layout == "stock":
         config = stock_config(assignment, get_adapter(checkpoint.config), checkpoint.config)
     else:
         config = {**checkpoint.config, "quantization_config": plan.quantization_config()}
     try:
-        with replacing(destination, overwrite=overwrite, keep=checkpoint.directory) as partial:
+        with place as partial:
+            kept = None
+            if manifest is not None:
+                inputs = _inputs(assignment, plan, store, entries, shard_bytes)
+                kept = _resumed(manifest, partial, inputs)
             for path in companions:
                 _copy(path, partial / path.name)
             write_text(partial / CONFIG, json.dumps(config, indent=2) + "\n")
             write_text(partial / FILE_NAME, plan.to_json())
             write_text(partial / RECIPE, recipe_text)
             with (progress or Silent()).stage("write the model", total) as advance:
-                shards = ShardWriter(partial, shard_bytes, {"format": "pt"}).write(entries, advance)
+                shards = ShardWriter(partial, shard_bytes, {"format": "pt"}, kept).write(entries, advance)
             _check_written(shards, entries, experts, plan)
     except OSError as error:
         raise OutputError(f"cannot write {destination}: {error}") from error
     return RewriteResult(destination, expert_bytes, total - expert_bytes, total, len(shards))
+
+
+def _inputs(assignment: Assignment, plan: Plan, store: Store, entries: list[Entry], shard_bytes: int) -> str:
+    """What decides the bytes of every shard: begins with what a search depends on, so that its progress can be told."""
+    digest = hashlib.sha256(plan.to_json().encode())
+    for layer in assignment.table.layers:
+        for option in dict.fromkeys(assignment.layer_options(layer)):
+            digest.update(f"{layer} {option} {store.digest(layer, option)}\n".encode())
+    tensors = [(entry.name, entry.dtype, entry.shape) for entry in entries]
+    digest.update(json.dumps([shard_bytes, tensors]).encode())
+    return f"{store.fingerprint} {plan.recipe} {digest.hexdigest()}"
+
+
+def _resumed(manifest: Path, directory: Path, inputs: str) -> ShardManifest:
+    """The manifest of a directory, from which everything but the shards it lists has been removed."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if not manifest.exists() and any(directory.iterdir()):
+        raise OutputError(f"{directory} is not empty, and {manifest} does not tell what is in it; remove it")
+    found = ShardManifest(manifest, inputs)
+    found.begin(0)
+    for path in directory.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in found.digests:
+            path.unlink()
+    return found
 
 
 def output_bytes(checkpoint: Checkpoint, adapter: Adapter, expert_bytes: int) -> int:

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+
+from moe_rco.ckpt.writer import from_tensor, sync_directory, write_file
+from moe_rco.errors import StoreError
 
 _META = "moe_rco"
 
@@ -24,14 +26,17 @@ class SavedState:
     fingerprint: str
 
     def save(self, values: Mapping[str, Any]) -> None:
-        """Write tensors, numbers and strings, replacing the file in one step. Raises OSError."""
-        tensors = {
-            name: value.contiguous() for name, value in values.items() if isinstance(value, torch.Tensor)
-        }
+        """Write tensors, numbers and strings, replacing the file in one step. Raises StoreError if that fails."""
+        tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
         plain = {name: value for name, value in values.items() if name not in tensors}
         partial = self.path.with_name(self.path.name + ".tmp")
-        save_file(tensors, partial, {_META: json.dumps({"fingerprint": self.fingerprint, "values": plain})})
-        os.replace(partial, self.path)
+        meta = {_META: json.dumps({"fingerprint": self.fingerprint, "values": plain})}
+        try:
+            write_file(partial, [from_tensor(name, tensor) for name, tensor in tensors.items()], meta)
+            os.replace(partial, self.path)
+            sync_directory(self.path.parent)
+        except OSError as error:
+            raise StoreError(f"cannot write {self.path}: {error}") from error
 
     def load(self) -> dict[str, Any] | None:
         """What was saved for the same inputs; None where there is nothing, or nothing usable, to go on from."""

@@ -5,7 +5,6 @@ resume.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from moe_rco.ckpt.header import HeaderError, TensorInfo, read_header
-from moe_rco.ckpt.writer import from_tensor, sync_directory, write_file, write_text
+from moe_rco.ckpt.writer import from_tensor, sha256_of, sync_directory, write_file, write_text
 from moe_rco.errors import StoreError
 from moe_rco.types import Option
 
@@ -45,6 +44,8 @@ class Store:
                 self._index = self._open()
             else:
                 self._save()
+            for left in self.directory.glob("*.tmp"):  # by a process that was killed
+                left.unlink(missing_ok=True)
         except OSError as error:
             raise StoreError(
                 f"cannot use {self.directory} as the store of quantised experts: {error}"
@@ -67,14 +68,17 @@ class Store:
         name = _file_name(layer, option)
         return name in self._index["files"] and (self.directory / name).is_file()
 
+    def digest(self, layer: int, option: Option) -> str:
+        """The SHA-256 of what is stored for this layer and option; empty where nothing is."""
+        return self._index["files"].get(_file_name(layer, option), "")
+
     def write(self, layer: int, option: Option, tensors: Mapping[str, Tensor]) -> None:
         """Store one layer's experts at one option. Raises StoreError if they cannot be written."""
         name = _file_name(layer, option)
         entries = [from_tensor(key, tensor) for key, tensor in sorted(tensors.items())]
         partial = self.directory / (name + ".tmp")
         try:
-            write_file(partial, entries)
-            digest = _sha256(partial)
+            digest = write_file(partial, entries)
             os.replace(partial, self.directory / name)
             sync_directory(self.directory)
         except OSError as error:
@@ -108,7 +112,7 @@ class Store:
                 f"the store {self.directory} has no layer {layer} at {option}; run again to quantise it"
             )
         if name not in self._checked:
-            if _sha256(path) != self._index["files"][name]:
+            if sha256_of(path) != self._index["files"][name]:
                 raise StoreError(
                     f"{path} is damaged (its SHA-256 is not the one in {INDEX}); delete it and run again"
                 )
@@ -164,6 +168,10 @@ def _merge(old: dict[str, Any], new: Mapping[str, Any]) -> None:
             old[str(key)] = copy.deepcopy(value)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def listed(directory: Path) -> tuple[str, list[str]]:
+    """The fingerprint of a store and the option of every (layer, option) in it; empty where there is no sound store."""
+    try:
+        index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+        return str(index["fingerprint"]), [name.split(".")[1] for name in index["files"]]
+    except (OSError, ValueError, TypeError, LookupError):
+        return "", []

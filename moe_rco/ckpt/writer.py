@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from moe_rco.ckpt.header import DTYPE_NAMES, ITEM_BYTES, TensorInfo, write_header
-from moe_rco.ckpt.reader import INDEX
 
 CHUNK_BYTES = 1 << 22
 
@@ -75,25 +74,36 @@ def write_file(
     entries: Sequence[Entry],
     metadata: Mapping[str, str] | None = None,
     advance: Callable[[int], None] = lambda nbytes: None,
-) -> None:
-    """Write one safetensors file and flush it to the disk. `advance` is told of every chunk's bytes.
+) -> str:
+    """Write one safetensors file, flush it to the disk, and return its SHA-256 (hex). `advance` is told of every
+    chunk's bytes.
 
     Tensors of wide dtypes come first, otherwise in the order given, so that each starts at a multiple of its
     item's size. Raises OSError, and ValueError if an entry's bytes are not as many as its shape says.
     """
     entries = sorted(entries, key=lambda entry: -ITEM_BYTES[entry.dtype])
+    header = write_header(((entry.name, entry.dtype, entry.shape) for entry in entries), metadata)
+    digest = hashlib.sha256(header)
     with path.open("wb") as file:
-        file.write(write_header(((entry.name, entry.dtype, entry.shape) for entry in entries), metadata))
+        file.write(header)
         for entry in entries:
             written = 0
             for chunk in entry.chunks():
                 file.write(chunk)
+                digest.update(chunk)
                 written += len(chunk)
                 advance(len(chunk))
             if written != entry.nbytes:
                 raise ValueError(f"tensor {entry.name} has {written} bytes, announced were {entry.nbytes}")
         file.flush()
         os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    """A file's SHA-256 (hex). Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -104,6 +114,14 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file in one step: whoever reads it sees the old text or the new one. Raises OSError."""
+    partial = path.with_name(path.name + ".tmp")
+    write_text(partial, text)
+    os.replace(partial, path)
+    sync_directory(path.parent)
+
+
 def sync_directory(path: Path) -> None:
     """Flush a directory's entries (names, renames) to the disk, where the file system knows how."""
     with contextlib.suppress(OSError):
@@ -112,42 +130,3 @@ def sync_directory(path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-class ShardWriter:
-    """Writes tensors into `model-00001-of-0000N.safetensors` files and `model.safetensors.index.json`.
-
-    A shard takes tensors in the order given until the next would exceed `shard_bytes` of data; a tensor
-    larger than that has a shard to itself. The same entries give the same bytes. Memory: one chunk of one
-    tensor.
-    """
-
-    def __init__(self, directory: Path, shard_bytes: int, metadata: Mapping[str, str] | None = None) -> None:
-        if shard_bytes < 1:
-            raise ValueError(f"shard_bytes must be positive, not {shard_bytes}")
-        self.directory = directory
-        self.shard_bytes = shard_bytes
-        self.metadata = dict(metadata or {})
-
-    def write(
-        self, entries: Iterable[Entry], advance: Callable[[int], None] = lambda nbytes: None
-    ) -> list[Path]:
-        """Write all entries; the shards' paths in order. Raises OSError, ValueError as `write_file`."""
-        shards: list[list[Entry]] = []
-        room = 0
-        for entry in entries:
-            if not shards or entry.nbytes > room:
-                shards.append([])
-                room = self.shard_bytes
-            shards[-1].append(entry)
-            room -= entry.nbytes
-        paths, weight_map = [], {}
-        for number, shard in enumerate(shards, 1):
-            path = self.directory / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            write_file(path, shard, self.metadata, advance)
-            weight_map |= {entry.name: path.name for entry in shard}
-            paths.append(path)
-        total = sum(entry.nbytes for shard in shards for entry in shard)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_text(self.directory / INDEX, json.dumps(index, indent=2) + "\n")
-        return paths

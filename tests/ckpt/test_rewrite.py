@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -15,15 +17,18 @@ from safetensors.torch import load_file
 
 from moe_rco.ckpt import destination as destination_module
 from moe_rco.ckpt import rewrite as rewrite_module
+from moe_rco.ckpt.destination import check_destination, publish, recover
 from moe_rco.ckpt.header import TensorInfo
 from moe_rco.ckpt.reader import Checkpoint
 from moe_rco.ckpt.rewrite import output_bytes
 from moe_rco.ckpt.store import Store
+from moe_rco.ckpt.workdir import WorkDirectory
 from moe_rco.errors import OutputError, PlanError, StoreError
 from moe_rco.plan import Plan
 from moe_rco.quant.packing import dequantize
 from moe_rco.types import BF16, Assignment, Option
 from tests.compressed import EVERY_OPTION, Job, plan_of, quantise, random_job, table_of
+from tests.killing import killed_at, tree
 from tests.tiny_models import FAMILIES, save_tiny
 
 
@@ -275,6 +280,89 @@ def test_the_disk_is_too_small(job: Job, tmp_path: Path, monkeypatch: pytest.Mon
     assert not left(tmp_path)
 
 
+# Killed in the middle.
+
+
+def finish(job: Job, out: Path, overwrite: bool) -> None:
+    """The end of a run of `prune`."""
+    work = WorkDirectory.of(out)
+    with work.locked():
+        recover(out)
+        check_destination(out, overwrite=overwrite)
+        job.write(work.checkpoint, shard_bytes=300_000, manifest=work.shards)
+        work.will_publish()
+        publish(work.checkpoint, out, overwrite=overwrite)
+        work.clear()
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_killed_at_any_moment_it_goes_on_and_ends_the_same(job: Job, tmp_path: Path, existing: bool) -> None:
+    job.write(tmp_path / "undisturbed", shard_bytes=300_000)
+    expected = tree(tmp_path / "undisturbed")
+    other = plan_of(job.assignment, slack=7)
+    for moment in count():
+        place = tmp_path / str(moment)
+        place.mkdir()
+        out = place / "out"
+        if existing:
+            Job(job.checkpoint, job.adapter, job.assignment, other, job.store).write(out, shard_bytes=10**9)
+            old = tree(out)
+        killed = killed_at(moment, lambda: finish(job, out, existing))  # noqa: B023
+        if killed:
+            aside = out.with_name(".out.moe-rco-old")
+            if existing:
+                assert (out.exists() and tree(out) in (old, expected)) or tree(aside) == old
+            elif out.exists():
+                assert tree(out) == expected
+            if out.exists() and not existing:
+                with pytest.raises(OutputError, match="exists"):
+                    finish(job, out, existing)
+            else:
+                finish(job, out, existing)
+        assert tree(out) == expected
+        assert os.listdir(place) == ["out"]
+        shutil.rmtree(place)
+        if not killed:
+            break
+    assert moment > 30
+
+
+def test_shards_made_from_something_else_are_not_taken(job: Job, tmp_path: Path) -> None:
+    other = Job(job.checkpoint, job.adapter, job.assignment, plan_of(job.assignment, slack=7), job.store)
+    staged, manifest = tmp_path / "staged", tmp_path / "manifest"
+    other.write(staged, manifest=manifest)
+    (staged / "model-00099-of-00099.safetensors").write_bytes(b"of an earlier format")
+    (staged / "report.json").write_text("of the other plan")
+    times = {path.name: path.stat().st_mtime_ns for path in staged.glob("*.safetensors")}
+    job.write(staged, manifest=manifest)
+    assert all(path.stat().st_mtime_ns > times[path.name] for path in staged.glob("*.safetensors"))
+    job.write(tmp_path / "undisturbed")
+    assert tree(staged) == tree(tmp_path / "undisturbed")
+
+
+def test_a_directory_without_a_manifest_is_not_emptied(job: Job, tmp_path: Path) -> None:
+    (tmp_path / "staged").mkdir()
+    (tmp_path / "staged" / "thesis.tex").write_text("x")
+    before = tree(tmp_path)
+    with pytest.raises(OutputError, match="is not empty"):
+        job.write(tmp_path / "staged", manifest=tmp_path / "manifest")
+    assert tree(tmp_path) == before
+
+
+def test_experts_quantised_anew_are_copied_anew(job: Job, tmp_path: Path) -> None:
+    """A store whose fingerprint is the same may hold other bytes: rounding differs between machines."""
+    store = Store(shutil.copytree(job.store.directory, tmp_path / "store"), job.store.fingerprint)
+    mine = Job(job.checkpoint, job.adapter, job.assignment, job.plan, store)
+    staged, manifest = tmp_path / "staged", tmp_path / "manifest"
+    mine.write(staged, manifest=manifest)
+    layer = job.assignment.table.layers[0]
+    option = next(option for option in job.assignment.layer_options(layer) if option.is_quantized)
+    store.write(layer, option, {name: tensor + 1 for name, tensor in store.read(layer, option).items()})
+    mine.write(staged, manifest=manifest)
+    mine.write(tmp_path / "undisturbed")
+    assert tree(staged) == tree(tmp_path / "undisturbed")
+
+
 def test_plan_and_assignment_must_agree(job: Job, tmp_path: Path) -> None:
     uniform = Assignment.uniform(job.assignment.table, Option.parse("int8"))
     other = Job(job.checkpoint, job.adapter, uniform, job.plan, job.store)
@@ -341,6 +429,7 @@ from tests.compressed import Job, plan_of, table_of
 from moe_rco.adapters import get_adapter
 from moe_rco.ckpt.reader import Checkpoint
 from moe_rco.ckpt.store import Store
+from moe_rco.ckpt.workdir import WorkDirectory
 
 base = Path(sys.argv[1])
 checkpoint = Checkpoint(base / "model")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from moe_rco.ckpt import store as store_module
 from moe_rco.ckpt.store import Store
 from moe_rco.errors import StoreError
 from moe_rco.types import Option
+from tests.killing import killed_at
 
 INT4, INT2 = Option.parse("int4-g64"), Option.parse("int2-g64")
 TENSORS = {
@@ -120,6 +122,20 @@ def test_a_killed_write_leaves_the_old_state(
     assert not reopened.has(1, INT4)
     reopened.write(1, INT4, TENSORS)
     assert same(Store(tmp_path, "f").read(1, INT4), TENSORS)
+
+
+def test_what_killed_processes_left_does_not_gather(tmp_path: Path) -> None:
+    store = Store(tmp_path, "f")
+    store.write(0, INT4, TENSORS)
+    for moment in count():
+        if not killed_at(moment, lambda: store.write(1, INT4, TENSORS)):
+            break
+        reopened = Store(tmp_path, "f")
+        assert not list(tmp_path.glob("*.tmp"))
+        assert same(reopened.read(0, INT4), TENSORS)
+        if reopened.has(1, INT4):
+            assert same(reopened.read(1, INT4), TENSORS)
+    assert moment >= 5
 
 
 @pytest.mark.parametrize(

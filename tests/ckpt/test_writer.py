@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from moe_rco.ckpt import writer
 from moe_rco.ckpt.header import read_header
-from moe_rco.ckpt.writer import Entry, ShardWriter, from_file, from_tensor
+from moe_rco.ckpt.shards import ShardWriter
+from moe_rco.ckpt.writer import Entry, from_file, from_tensor
 
 TENSORS = {
     "z": torch.randn(5).bfloat16(),

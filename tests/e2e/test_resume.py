@@ -1,0 +1,245 @@
+"""The main job killed (SIGKILL) again and again: it goes on, and ends in the same bytes as if nothing had happened.
+
+Processes are forked from one that has torch loaded already: twenty starts would otherwise take most of the time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_rco import progress
+from moe_rco.ckpt.shards import read_manifest
+from moe_rco.ckpt.store import listed
+from moe_rco.ckpt.workdir import WorkDirectory
+from moe_rco.recipe import DEMO_CALIBRATION, DEMO_MODEL
+from tests.killing import tree
+from tests.tiny_models import save_tiny
+
+RECIPE = """\
+version: 1
+model: {model}
+options: [prune, int4-g64, int8-g64, bf16]
+budget: {{ratio: 0.15}}
+calibration: {{data: {model}/text.jsonl, sequences: 48, sequence_length: 64, holdout: 0.25}}
+search: {{steps: 24, refine: 48, samples: 2, batch: 4, evaluate_every: 2, learning_rate: 0.4}}
+output: out
+"""
+SHARD_BYTES = 20_000
+Count = Callable[[WorkDirectory], int]
+KILLED = -9
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe for a tiny model, with the demo's tokenizer and a little text."""
+    place = tmp_path_factory.mktemp("resume")
+    model = save_tiny("qwen3_moe", place / "model", vocab_size=4096, num_hidden_layers=4)
+    for file in DEMO_MODEL.glob("tokenizer*"):
+        shutil.copy(file, model)
+    with DEMO_CALIBRATION.open(encoding="utf-8") as source:
+        (model / "text.jsonl").write_text("".join(itertools.islice(source, 40)), encoding="utf-8")
+    path = place / "recipe.yaml"
+    path.write_text(RECIPE.format(model=model), encoding="utf-8")
+    return path
+
+
+@dataclass(frozen=True)
+class Started:
+    """A `moe-rco prune` in `place`."""
+
+    process: Any
+    place: Path
+
+    @property
+    def log(self) -> str:
+        return (self.place.parent / f"{self.place.name}.log").read_text(encoding="utf-8")
+
+    def ends(self) -> int:
+        self.process.join(120)
+        return self.process.exitcode
+
+    def kill(self) -> int:
+        self.process.kill()
+        return self.ends()
+
+
+@pytest.fixture(scope="module")
+def start() -> Iterator[Callable[..., Started]]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["moe_rco.pipeline", "moe_rco.console", "moe_rco.cli", __name__])
+    started: list[Started] = []
+
+    def begin(place: Path, *arguments: str) -> Started:
+        place.mkdir(exist_ok=True)
+        process = context.Process(target=prune, args=(place, arguments))
+        process.start()
+        started.append(Started(process, place))
+        return started[-1]
+
+    yield begin
+    for run in started:
+        run.process.kill()
+
+
+def prune(place: Path, arguments: tuple[str, ...]) -> None:
+    """`moe-rco prune ARGUMENTS` with `place` as the current directory, and with small shards."""
+    from moe_rco import cli
+    from moe_rco.ckpt import rewrite
+
+    descriptor = os.open(place.parent / f"{place.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.chdir(place)
+    sys.argv = ["moe-rco", "prune", *arguments]
+    defaults = rewrite.rewrite.__kwdefaults__
+    assert defaults is not None
+    defaults["shard_bytes"] = SHARD_BYTES
+    cli.main()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe: Path, start: Callable[..., Started]) -> Path:
+    run = start(recipe.parent / "undisturbed", "--recipe", str(recipe))
+    assert run.ends() == 0, run.log
+    return run.place / "out"
+
+
+def contents(output: Path) -> dict[str, Any]:
+    """All files of an output; of the report everything but how long it took."""
+    files: dict[str, Any] = tree(output)
+    report = json.loads(files["report.json"])
+    assert report.pop("stages")
+    return {**files, "report.json": report}
+
+
+def begun(work: WorkDirectory) -> int:
+    return work.run.exists()
+
+
+def stored(work: WorkDirectory) -> int:
+    return len(listed(work.store)[1])
+
+
+def measured(work: WorkDirectory) -> int:
+    return (work.path / "measured.safetensors").exists()
+
+
+def searched(stage: str) -> Count:
+    """Steps or passes, as `moe-rco status` counts them."""
+
+    def count(work: WorkDirectory) -> int:
+        if not measured(work):
+            return 0
+        return next(part.done for part in progress.status(work.path).stages if part.name == stage)
+
+    return count
+
+
+def shards(work: WorkDirectory) -> int:
+    return len((read_manifest(work.shards) or {"shards": ()})["shards"])
+
+
+def reloading(work: WorkDirectory) -> int:
+    return (work.checkpoint / "model.safetensors.index.json").exists()
+
+
+def moments(draw: random.Random) -> list[tuple[Count, int]]:
+    """When to kill: what to count, and how much of it must be done."""
+
+    def some(count: Count, below: int, kills: int) -> list[tuple[Count, int]]:
+        return [(count, least) for least in sorted(draw.sample(range(1, below), kills))]
+
+    return [
+        (begun, 0),
+        (begun, 1),
+        *some(stored, 8, 4),
+        (stored, 8),
+        (measured, 1),
+        *some(searched("search steps"), 24, 3),
+        *some(searched("race passes"), 900, 4),
+        *some(shards, 18, 4),
+        (reloading, 1),
+    ]
+
+
+def wait_for(run: Started, work: WorkDirectory, count: Count, least: int) -> None:
+    deadline = time.monotonic() + 100
+    while count(work) < least and run.process.is_alive():
+        assert time.monotonic() < deadline, run.log
+        time.sleep(0.001)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # a minute and a half where nothing else runs
+def test_killed_twenty_times_it_ends_in_the_same_bytes(
+    recipe: Path, start: Callable[..., Started], undisturbed: Path
+) -> None:
+    draw = random.Random(0)
+    place = recipe.parent / "killed"
+    work = WorkDirectory(place / "out.work")
+    done, names = dict[str, int](), set[str]()
+    for number, (count, least) in enumerate(moments(draw)):
+        run = start(place, "--recipe", str(recipe))
+        wait_for(run, work, count, least)
+        time.sleep(draw.uniform(0, 0.02) if number else 0.5)
+        assert run.kill() == KILLED, (number, count, least, run.log)
+        assert count(work) >= least
+        assert os.listdir(place) in ([], ["out.work"])
+        found = progress.status(place / "out")
+        assert found.state == ("interrupted" if work.run.exists() else "not started")
+        for stage in found.stages:
+            assert done.get(stage.name, 0) <= stage.done <= max(stage.total, 0), (number, stage)
+            done[stage.name] = stage.done
+        names |= {path.name.removesuffix(".tmp") for path in work.path.glob("*")}
+    assert number == 19
+    run = start(place, "--recipe", str(recipe))
+    assert run.ends() == 0, run.log
+    assert os.listdir(place) == ["out"]
+    assert progress.status(place / "out").state == "finished"
+    assert names == {
+        "lock", "run.json", "store", "measured.safetensors", "search.safetensors", "checkpoint", "shards.json"
+    }  # fmt: skip
+    expected = contents(undisturbed)
+    assert expected["report.json"]["winner"] == "rco, refined", (
+        "nothing hangs on the search: choose another recipe"
+    )
+    assert contents(place / "out") == expected
+
+
+@pytest.mark.slow
+def test_two_runs_in_one_place(recipe: Path, start: Callable[..., Started]) -> None:
+    run = start(recipe.parent / "two", "--recipe", str(recipe))
+    work = WorkDirectory(run.place / "out.work")
+    wait_for(run, work, stored, 1)
+    os.kill(run.process.pid, signal.SIGSTOP)  # it would be ready before the others have begun
+    command = [sys.executable, "-m", "moe_rco.cli"]
+    refused = subprocess.run(
+        [*command, "prune", "--recipe", recipe], cwd=run.place, capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 2
+    assert refused.stdout == ""
+    assert len(refused.stderr.splitlines()) == 1
+    assert f"process {run.process.pid} on {socket.gethostname()}, since" in refused.stderr
+    shown = subprocess.run(
+        [*command, "status", "out", "--json"], cwd=run.place, capture_output=True, text=True, check=True
+    )
+    status = json.loads(shown.stdout)
+    run.kill()
+    assert (status["state"], status["process"]["pid"]) == ("running", run.process.pid)
+    assert progress.status(run.place / "out").state == "interrupted"

@@ -1,0 +1,58 @@
+"""Kills a process at an operation on the file system, so that what is left can be tested."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+OPERATIONS = ("rename", "replace", "unlink", "rmdir", "mkdir", "fsync", "ftruncate")
+
+
+def killed_at(moment: int, action: Callable[[], object]) -> bool:
+    """Run `action` in a child process that is killed (SIGKILL) before its operation number `moment`.
+
+    False where it came to its end before that. Raises AssertionError where it failed.
+    """
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            _arm(moment)
+            action()
+            status = 0
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        return True
+    assert os.WEXITSTATUS(status) == 0, "the child failed"
+    return False
+
+
+def _arm(moment: int) -> None:
+    count = 0
+
+    def counting(operation: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            if count == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            count += 1
+            return operation(*args, **kwargs)
+
+        return counted
+
+    for name in OPERATIONS:
+        setattr(os, name, counting(getattr(os, name)))
+
+
+def tree(directory: Path) -> dict[str, bytes | None]:
+    """Every file below a directory with its bytes, and every directory."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
+        for path in directory.rglob("*")
+    }
