@@ -116,11 +116,15 @@ def prune(
     loaded = load(recipe, overrides)
 
     from moe_rco import console, pipeline
+    from moe_rco.calib.team import leads
 
     if dry_run:
         console.show_preflight(pipeline.preflight(loaded, overwrite=overwrite))
         return
-    console.show_summary(pipeline.prune(loaded, progress=console.RichProgress(), overwrite=overwrite))
+    first = leads()
+    report = pipeline.prune(loaded, progress=console.RichProgress() if first else None, overwrite=overwrite)
+    if first:
+        console.show_summary(report)
 
 
 @app.command(epilog=_example("moe-rco status out/demo", "moe-rco status out/demo --json"))

@@ -39,8 +39,10 @@ class OutputError(UserError):
     """The output directory exists, cannot be written, or does not fit on the disk."""
 
 
-class TeamError(MoeRcoError):
-    """A process that shares the run's work is gone."""
+class TeamError(UserError):
+    """A process that shares the run's work is gone: nobody's mistake, so the exit code is 1."""
+
+    exit_code = 1
 
 
 class LockError(UserError):

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from moe_rco.calib.fisher import fisher_effects
 from moe_rco.calib.objective import AssignedModel
 from moe_rco.calib.runner import Runner
 from moe_rco.calib.search import SEED, Chosen, find, knapsack
+from moe_rco.calib.team import Team, joined
 from moe_rco.ckpt.destination import check_place, publish, recover
 from moe_rco.ckpt.reader import Checkpoint
 from moe_rco.ckpt.rewrite import rewrite
@@ -75,24 +76,33 @@ def prune(recipe: Recipe, *, progress: Progress | None = None, overwrite: bool =
     """Do the whole job of a recipe: the output directory appears complete, measured and with its report, or not at all.
 
     What is done is kept in `<output>.work` until the end, so that a run interrupted at any moment goes on where it was.
-    Raises UserError for what the user can repair.
+    Started by torchrun, several processes share the work in one file system; the first of them writes, and all return
+    the report. Raises UserError for what the user can repair.
     """
     output = Path(recipe.output)
     check_place(output)
     work = WorkDirectory.of(output)
-    with work.locked():
-        recover(output)
-        return _prune(recipe, work, output, _Clock(progress or Silent()), overwrite)
+    with joined() as team, work.locked() if team.leads else nullcontext():
+        if team.leads:
+            recover(output)
+        team.wait()
+        return _prune(recipe, work, output, _Clock(progress or Silent()), overwrite, team)
 
 
-def _prune(recipe: Recipe, work: WorkDirectory, output: Path, clock: _Clock, overwrite: bool) -> Report:
-    ready = checks.make_ready(recipe, overwrite=overwrite)
+def _prune(
+    recipe: Recipe, work: WorkDirectory, output: Path, clock: _Clock, overwrite: bool, team: Team
+) -> Report:
+    ready = team.in_turn(lambda: checks.make_ready(recipe, overwrite=overwrite))
     sized, checkpoint = ready.sized, ready.checkpoint
-    Run.of(recipe, sized.table, sized.budget).save(work)
-    checkpoint.check_finite(sized.adapter, clock)
-    prepared = prepare(ready, work.path, clock)
-    search = work.search(prepared.store.fingerprint, recipe.digest())
+    if team.leads:
+        Run.of(recipe, sized.table, sized.budget).save(work)
+        checkpoint.check_finite(sized.adapter, clock)
+    prepared = prepare(ready, work.path, clock, team)
+    search = replace(work.search(prepared.store.fingerprint, recipe.digest()), read_only=not team.leads)
     chosen = choose(prepared, sized.budget, recipe, clock, search)
+    if not team.leads:
+        team.wait()
+        return Report.load(output)
     assignment = chosen.best.assignment
     plan = Plan.from_assignment(
         assignment,
@@ -122,10 +132,11 @@ def _prune(recipe: Recipe, work: WorkDirectory, output: Path, clock: _Clock, ove
     work.will_publish()
     publish(work.checkpoint, output, overwrite=overwrite, keep=checkpoint.directory)
     work.clear()
+    team.wait()
     return report
 
 
-def prepare(ready: checks.Ready, work: Path, progress: Progress) -> Prepared:
+def prepare(ready: checks.Ready, work: Path, progress: Progress, team: Team | None = None) -> Prepared:
     """Quantise every option into the store in `work`, and measure what each would do. Raises UserError."""
     recipe, sized, checkpoint, pools = ready.recipe, ready.sized, ready.checkpoint, ready.pools
     device = checks.resolve_device(recipe)
@@ -135,13 +146,15 @@ def prepare(ready: checks.Ready, work: Path, progress: Progress) -> Prepared:
     tokens = [hashlib.sha256(pool.ids.numpy().tobytes()).hexdigest() for pool in pools]
     inputs = [checkpoint.digest(progress), *tokens, recipe.quantizer.model_dump(mode="json"), str(dtype)]
     directory = WorkDirectory(work)
-    store = Store(directory.store, hashlib.sha256(json.dumps(inputs).encode()).hexdigest())
+    team, fingerprint = team or Team(), hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
+    store = team.in_turn(lambda: Store(directory.store, fingerprint))
     bank = OptionBank(checkpoint, sized.table, device, dtype, streaming)
-    original = AssignedModel(runner, sized.adapter, checkpoint.config, bank)
+    original = AssignedModel(runner, sized.adapter, checkpoint.config, bank, None, team)
     calibrated = calibrate(original, store, pools, recipe.quantizer.method, progress)
-    model = AssignedModel(runner, sized.adapter, checkpoint.config, bank, store)
+    model = AssignedModel(runner, sized.adapter, checkpoint.config, bank, store, team)
     # The options decide the table's columns; the rest of what the effects depend on is in the store's fingerprint.
     saved = directory.measured(store.fingerprint, costs_digest(sized.table), recipe.search.seed)
+    saved = replace(saved, read_only=not team.leads)
     state = saved.load()
     if state is None:
         effects = fisher_effects(model, pools[0], recipe.search.seed, progress)

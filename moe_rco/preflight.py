@@ -15,6 +15,7 @@ from moe_rco.adapters import Adapter, get_adapter
 from moe_rco.baselines import check_method
 from moe_rco.calib.data import TokenPool, check_sources, load_tokenizer, make_pools
 from moe_rco.calib.streaming import Streaming
+from moe_rco.calib.team import local_rank
 from moe_rco.ckpt.destination import check_destination
 from moe_rco.ckpt.locate import fetch_model, read_config
 from moe_rco.ckpt.reader import Checkpoint
@@ -61,10 +62,13 @@ def size(recipe: Recipe) -> Sized:
 
 
 def resolve_device(recipe: Recipe) -> torch.device:
-    """`auto` is the GPU if there is one. Raises UserError where the named device is not there."""
+    """`auto` is the GPU if there is one, for every process of a machine its own.
+
+    Raises UserError where the named device is not there.
+    """
     name = recipe.execution.device
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = f"cuda:{local_rank() % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(

@@ -91,7 +91,7 @@ def calibrate(
             usage.saliency[index] /= usage.counts[index].clamp_min(1)
             h += y.view(h.shape)
             if missing:
-                quantizer.quantise(index, missing, table, store, advance)
+                quantizer.quantise(index, missing, table, store, advance, model.team)
             else:
                 advance(experts)
     references = [Reference.empty(len(pool), length, runner.vocab_size) for pool in pools]

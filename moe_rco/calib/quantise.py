@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from moe_rco.calib.bank import LayerBank
 from moe_rco.calib.dispatch import by_expert
+from moe_rco.calib.team import Team
 from moe_rco.ckpt.store import Store
 from moe_rco.quant.errors import output_error
 from moe_rco.quant.gptq import quantize_gptq
@@ -98,37 +100,48 @@ class LayerQuantizer:
         table: CostTable,
         store: Store,
         advance: Callable[[int], None],
+        team: Team,
     ) -> None:
-        """Write every option to the store, and the errors beside them."""
+        """Write every option to the store, and the errors beside them. The team shares the experts."""
         tensors: dict[Option, dict[str, Tensor]] = {option: {} for option in options}
-        lost: dict[Option, dict[str, float]] = {option: {"rtn": 0.0, "gptq": 0.0} for option in options}
-        total, few = 0.0, set[int]()
-        everyone = list(range(self._bank.num_experts))
-        for start in range(0, len(everyone), self._together):
-            experts = everyone[start : start + self._together]
+        count, per = self._bank.num_experts, self._together
+
+        def quantised(start: int) -> np.ndarray:
+            """Summed errors: of nothing at all, of RTN and GPTQ at every option; then which experts saw few tokens."""
+            experts = list(range(start, min(start + per, count)))
+            names = [table.groups[table.rows(layer)[expert]].weights for expert in experts]
+            prefixes = [[weight.name.removesuffix("weight") for weight in group] for group in names]
             originals = [self._bank.weights(expert, self._bank.original) for expert in experts]
             weights = [torch.stack([pair[part] for pair in originals]).float() for part in (0, 1)]
+            few = set[int]()
             hessians = self._hessians(experts, few)
+            found = np.zeros(1 + 2 * len(options) + count)
+            found[1 + 2 * len(options) + np.array(sorted(few), dtype=int)] = 1
             if hessians is not None:
-                total += sum(map(_error, weights, map(torch.zeros_like, weights), hessians))
-            for option in options:
+                found[0] = sum(map(_error, weights, map(torch.zeros_like, weights), hessians))
+            for index, option in enumerate(options):
                 chosen = rounded = [quantize_rtn(weight, option) for weight in weights]
                 if hessians is not None:
                     chosen = [quantize_gptq(w, h, option) for w, h in zip(weights, hessians, strict=True)]
-                    for name, found in (("rtn", rounded), ("gptq", chosen)):
-                        values = (quantized.dequantize() for quantized in found)
-                        lost[option][name] += sum(map(_error, weights, values, hessians))
-                names = [table.groups[table.rows(layer)[expert]].weights for expert in experts]
-                prefixes = [[weight.name.removesuffix("weight") for weight in group] for group in names]
+                    for place, made in enumerate((rounded, chosen), 1 + 2 * index):
+                        values = (quantized.dequantize() for quantized in made)
+                        found[place] = sum(map(_error, weights, values, hessians))
                 tensors[option] |= _tensors(prefixes, chosen, option)
-            advance(len(experts))
-        if self._pooled is not None:
-            store.update_stats(layer, {"undersampled": sorted(few)})
-            for option, errors in lost.items():
-                relative = {name: error / max(total, 1e-300) for name, error in errors.items()}
-                store.update_stats(layer, {"error": {option.name: relative}})
+            advance(min(count - start, len(experts) * team.size))
+            return found
+
+        sums = np.sum(team.map(quantised, list(range(0, count, per))), axis=0)
+        if team.leads and self._pooled is not None:
+            few = np.flatnonzero(sums[1 + 2 * len(options) :]).tolist()
+            store.update_stats(layer, {"undersampled": few})
+            for option, errors in zip(options, sums[1 : 1 + 2 * len(options)].reshape(-1, 2), strict=True):
+                relative = errors / max(sums[0], 1e-300)
+                store.update_stats(
+                    layer,
+                    {"error": {option.name: dict(zip(("rtn", "gptq"), relative.tolist(), strict=True))}},
+                )
         for option in options:
-            store.write(layer, option, tensors.pop(option))
+            _store(store, layer, option, tensors.pop(option), team)
 
     def _hessians(self, experts: list[int], few: set[int]) -> list[Tensor] | None:
         """Second moments [n, C, C] of the inputs of both matrices of some experts; notes whose are mixed with the pooled."""
@@ -152,6 +165,19 @@ class LayerQuantizer:
             found.append(shrunk.hessian)
             few.update(experts[place] for place in shrunk.experts)
         return found
+
+
+def _store(store: Store, layer: int, option: Option, tensors: dict[str, Tensor], team: Team) -> None:
+    """Put together what the team has made of a layer at one option."""
+    if team.size == 1:
+        store.write(layer, option, tensors)
+        return
+    store.write_part(layer, option, team.rank, tensors)
+    team.wait()
+    if team.leads:
+        store.join(layer, option, team.size)
+    team.wait()
+    store.refresh()
 
 
 def _error(weight: Tensor, replaced: Tensor, hessian: Tensor) -> float:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from moe_rco.errors import TeamError
 
 Item = TypeVar("Item")
+Made = TypeVar("Made")
 _PATIENCE = timedelta(days=7)
 """One may wait for another's longest stage; that one is gone is noticed by its closed connection."""
 
@@ -56,11 +57,30 @@ class Team:
         self.sent += own.nbytes
         return [all_[index % self.size][index // self.size].numpy() for index in range(len(items))]
 
+    def in_turn(self, make: Callable[[], Made]) -> Made:
+        """`make`, by one process after the other: what it does to files is not done by two at once."""
+        made = list[Made]()
+        for rank in range(self.size):
+            if rank == self.rank:
+                made.append(make())
+            self.wait()
+        return made[0]
+
     def wait(self) -> None:
         """Until everybody is here."""
         if self.size > 1:
             with _together():
                 dist.barrier()
+
+
+def leads() -> bool:
+    """Whether this process is the one that reports, also before a team is joined."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def local_rank() -> int:
+    """The number of this process on its machine: that of the device it takes."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 @contextmanager

@@ -20,13 +20,16 @@ _META = "moe_rco"
 
 @dataclass(frozen=True)
 class SavedState:
-    """The file `path`, good only for a run whose inputs have the same `fingerprint`."""
+    """The file `path`, good only for a run whose inputs have the same `fingerprint`. If `read_only`, another process saves."""
 
     path: Path
     fingerprint: str
+    read_only: bool = False
 
     def save(self, values: Mapping[str, Any]) -> None:
         """Write tensors, numbers and strings, replacing the file in one step. Raises StoreError if that fails."""
+        if self.read_only:
+            return
         tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
         plain = {name: value for name, value in values.items() if name not in tensors}
         partial = self.path.with_name(self.path.name + ".tmp")

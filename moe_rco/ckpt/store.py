@@ -14,6 +14,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from moe_rco.ckpt.data import read_tensor
 from moe_rco.ckpt.header import HeaderError, TensorInfo, read_header
 from moe_rco.ckpt.writer import from_tensor, sha256_of, sync_directory, write_file, write_text
 from moe_rco.errors import StoreError
@@ -87,6 +88,35 @@ class Store:
         self._checked.discard(name)
         self._index["files"][name] = digest
         self._save_or_raise()
+
+    def write_part(self, layer: int, option: Option, number: int, tensors: Mapping[str, Tensor]) -> None:
+        """Leave some of a layer's experts for `join`. Raises StoreError."""
+        partial = self._part(layer, option, number)
+        try:
+            write_file(partial, [from_tensor(key, tensor) for key, tensor in tensors.items()])
+        except OSError as error:
+            raise StoreError(f"cannot write {partial}: {error}") from error
+
+    def join(self, layer: int, option: Option, parts: int) -> None:
+        """Store one layer's experts at one option from the parts 0 to `parts` - 1. Raises StoreError."""
+        found = [self._part(layer, option, number) for number in range(parts)]
+        try:
+            self.write(
+                layer,
+                option,
+                {name: read_tensor(t) for path in found for name, t in read_header(path).items()},
+            )
+            for path in found:
+                path.unlink()
+        except (HeaderError, OSError) as error:
+            raise StoreError(f"cannot join the parts of layer {layer} at {option}: {error}") from error
+
+    def _part(self, layer: int, option: Option, number: int) -> Path:
+        return self.directory / f"{_file_name(layer, option)}.{number}.tmp"
+
+    def refresh(self) -> None:
+        """Take in what another process has written meanwhile. Raises StoreError."""
+        self._index = self._open()
 
     def read(self, layer: int, option: Option) -> dict[str, Tensor]:
         """The tensors written, memory mapped. The file's SHA-256 is checked once. Raises StoreError."""
