@@ -104,13 +104,16 @@ def resident(shapes: Shapes, on_host: bool) -> Footprint:
     return _placed(s, memory, 0, None, on_host)
 
 
-def streamed(shapes: Shapes, limit: int, on_host: bool) -> Footprint:
-    """As much at once as the limit allows. Raises UserError where the least is more."""
+def streamed(shapes: Shapes, limit: int, available: int, on_host: bool) -> Footprint:
+    """As much at once as the limit allows, and what is `available` on the host. Raises UserError where the least is more."""
     s = shapes
     layer = max(0, s.dense - 2 * s.head) // s.layers * s.item
     expert = s.expert_numel * s.item
     fixed = 3 * layer + s.head * s.item + 4 * expert + s.logits
-    on_limited = fixed + (LIBRARIES + s.references + s.activations if on_host else 0)
+    free = limit - fixed - LIBRARIES - s.references if on_host else available - LIBRARIES - CUDA_LIBRARIES
+    spill = s.activations > free // 2
+    activations = 0 if spill else s.activations
+    on_limited = fixed + (LIBRARIES + s.references + activations if on_host else 0)
     token = s.graph + s.backward + (s.layers * s.hidden * s.item if on_host else 0)
     least = on_limited + s.length * token + max(_quantising(s), layer)
     if least > limit:
@@ -128,8 +131,10 @@ def streamed(shapes: Shapes, limit: int, on_host: bool) -> Footprint:
     memory = fixed + max(tokens * token + 2 * window, workspace + window)
     boundary = 0 if on_host else s.layers * tokens * s.hidden * s.item
     if on_host:
-        memory += s.references + s.activations
-    return _placed(s, memory, boundary, Streaming(window, tokens, workspace), on_host)
+        memory += s.references + activations
+    else:
+        boundary = max(boundary, activations)
+    return _placed(s, memory, boundary, Streaming(window, tokens, workspace, spill), on_host)
 
 
 def _quantising(s: Shapes) -> int:

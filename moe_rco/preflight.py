@@ -228,17 +228,16 @@ def footprint(sized: Sized, ready: Ready | None) -> Footprint:
     execution = sized.recipe.execution
     device, shapes = resolve_device(sized.recipe), _shapes(sized, ready)
     on_host = device.type != "cuda"
-    limit = execution.memory_limit
+    limit, available = execution.memory_limit, int(0.9 * psutil.virtual_memory().available)
     if limit is None:
-        free = psutil.virtual_memory().available if on_host else torch.cuda.mem_get_info(device)[0]
-        limit = int(0.9 * free)
+        limit = available if on_host else int(0.9 * torch.cuda.mem_get_info(device)[0])
     if execution.mode == "streaming":
-        return streamed(shapes, limit, on_host)
+        return streamed(shapes, limit, available, on_host)
     found = resident(shapes, on_host)
     if (found.host if on_host else found.device) <= limit:
         return found
     if execution.mode == "auto":
-        return streamed(shapes, limit, on_host)
+        return streamed(shapes, limit, available, on_host)
     raise UserError(
         f"the run needs about {format_size(found.host if on_host else found.device)} of memory with all weights in it, and "
         f"may take {format_size(limit)}; set execution.mode to auto, which streams them"

@@ -19,6 +19,7 @@ from moe_rco.calib.data import TokenPool
 from moe_rco.calib.objective import AssignedModel
 from moe_rco.calib.quantise import WORKSPACE, LayerQuantizer, RoutedTokens
 from moe_rco.calib.reference import Reference
+from moe_rco.calib.room import Room
 from moe_rco.ckpt.store import Store
 from moe_rco.types import Progress
 
@@ -57,13 +58,26 @@ def calibrate(
     count, length = ids.shape
     parts = [slice(start, start + model.batch(length)) for start in range(0, count, model.batch(length))]
     home = runner.device if bank.streaming is None else torch.device("cpu")
-    h = torch.empty((count, length, runner.hidden_size), dtype=runner.dtype, device=home)
+    spill = bank.streaming is not None and bank.streaming.spill
+
+    def room(name: str) -> Room:
+        file = store.directory / f"{name}-{model.team.rank}.tmp" if spill else None
+        return Room((count, length, runner.hidden_size), runner.dtype, home, file)
+
+    rooms = [room(name) for name in ("states", "inputs", "outputs")]
+    h, x, y = (each.tensor for each in rooms)
     for part in parts:
         h[part] = runner.embed(ids[part].to(runner.device))[0]
-    x, usage = torch.empty_like(h), Usage({}, {})
+    usage = Usage({}, {})
     with progress.stage(
         "calibrate and quantise", runner.num_layers * len(parts) + 2 * len(table.groups)
     ) as advance:
+
+        def done(units: int) -> None:
+            for each in rooms:
+                each.let_go()
+            advance(units)
+
         for index, layer in runner.layers():
             routes = index in runner.moe_layers
             experts = len(table.rows(index)) if routes else 0
@@ -76,7 +90,7 @@ def calibrate(
                 h[part], x[part] = states, inputs
                 if routes:
                     logits.append(runner.router(layer, inputs.flatten(0, 1)).to(home))
-                advance(1)
+                done(1)
             if not routes:
                 continue
             weights, chosen = route(torch.cat(logits), model.top_k, model.renormalise)
@@ -85,13 +99,14 @@ def calibrate(
             layer_bank = bank.layer(index)
             workspace = WORKSPACE if bank.streaming is None else bank.streaming.workspace
             quantizer = LayerQuantizer(layer_bank, tokens, method if missing else "rtn", workspace)
-            y = torch.zeros_like(tokens.x)
+            y.zero_()
             usage.counts[index] = tokens.counts.double().cpu()
-            usage.saliency[index] = _run(layer_bank, tokens, quantizer, y, advance)
+            usage.saliency[index] = _run(layer_bank, tokens, quantizer, y.flatten(0, 1), done)
             usage.saliency[index] /= usage.counts[index].clamp_min(1)
-            h += y.view(h.shape)
+            for part in parts:
+                h[part] += y[part]
             if missing:
-                quantizer.quantise(index, missing, table, store, advance, model.team)
+                quantizer.quantise(index, missing, table, store, done, model.team)
             else:
                 advance(experts)
     references = [Reference.empty(len(pool), length, runner.vocab_size) for pool in pools]

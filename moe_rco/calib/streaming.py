@@ -8,9 +8,11 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Streaming:
     """`window`: bytes of weights read ahead; `tokens`: as many go through a layer together while it is there;
-    `workspace`: bytes for the experts that are quantised at once.
+    `workspace`: bytes for the experts that are quantised at once; `spill`: whether what lies between two layers of the
+    calibration pass is kept in files.
     """
 
     window: int
     tokens: int
     workspace: int
+    spill: bool = False

@@ -24,7 +24,7 @@ from moe_rco.recipe import Search
 from moe_rco.types import Budget, Silent
 from tests.calibrated import CPU, Calibration
 
-HELD = [Streaming(0, 16, 1), Streaming(60_000, 100, 1 << 18), Streaming(1 << 30, 1 << 15, 1 << 30)]
+HELD = [Streaming(0, 16, 1), Streaming(60_000, 100, 1 << 18, True), Streaming(1 << 30, 1 << 15, 1 << 30)]
 """Nothing and one of each, some, and everything."""
 
 
