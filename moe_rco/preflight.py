@@ -214,10 +214,12 @@ def _existing(path: Path) -> Path:
 
 
 def _disk(sized: Sized, ready: Ready | None) -> int:
-    """Bytes written: every quantised option once in the store, and the output."""
+    """Bytes written: every quantised option once in the store, the output, and activations for which memory is too small."""
     quantized = [index for index, option in enumerate(sized.table.options) if option.is_quantized]
     others = 0 if ready is None else output_bytes(ready.checkpoint, sized.adapter, 0)
-    return int(sized.table.costs[:, quantized].sum()) + sized.budget.bytes + others
+    streaming = footprint(sized, ready).streaming
+    spilled = _shapes(sized, ready).activations if streaming is not None and streaming.spill else 0
+    return int(sized.table.costs[:, quantized].sum()) + sized.budget.bytes + others + spilled
 
 
 def footprint(sized: Sized, ready: Ready | None) -> Footprint:

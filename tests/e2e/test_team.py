@@ -23,7 +23,7 @@ RECIPE = """\
 version: 1
 model: {model}
 options: [prune, int4-g64, int8-g64, bf16]
-budget: {{ratio: 0.15}}
+budget: {{ratio: 0.17}}
 calibration: {{data: {model}/text.jsonl, sequences: 48, sequence_length: 64, holdout: 0.25}}
 search: {{steps: 12, refine: 24, samples: 2, batch: 4, evaluate_every: 2, learning_rate: 0.4}}
 output: alone
