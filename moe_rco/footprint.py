@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moe_rco.calib.objective import HEAD_LOGITS
+from moe_rco.calib.quantise import WORKSPACE, working_bytes
 from moe_rco.calib.reference import TOP
 from moe_rco.calib.streaming import Streaming
 from moe_rco.errors import UserError
@@ -15,7 +17,6 @@ CUDA_LIBRARIES = 2 * 10**9
 """What they take beside a CUDA device, on the host."""
 _TOKENS = 1 << 15
 """More tokens in a layer at once gain nothing."""
-_WORKSPACE = 1 << 32
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,14 @@ class Shapes:
         )
 
     @property
+    def quantising(self) -> int:
+        """Bytes for quantising one expert."""
+        return working_bytes(self.hidden, self.inner)
+
+    @property
     def logits(self) -> int:
         """Bytes at the head: some positions' logits and what the divergence makes of them."""
-        return 5 * 4 * min(1 << 25, self.length * self.vocabulary)
+        return 5 * 4 * min(HEAD_LOGITS, self.length * self.vocabulary)
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,7 @@ def resident(shapes: Shapes, on_host: bool) -> Footprint:
     dense, expert = s.dense * s.item, s.layers * s.experts * s.expert_numel * s.item
     text = s.batch * s.length
     search = s.layers * text * (s.graph + s.routed) + text * s.backward + s.logits
-    calibrate = s.activations + min(_WORKSPACE, s.experts * _quantising(s))
+    calibrate = s.activations + min(WORKSPACE, s.experts * s.quantising)
     memory = dense + max(expert + calibrate, expert * (1 + s.kept) + search)
     return _placed(s, memory, 0, None, on_host)
 
@@ -115,7 +121,7 @@ def streamed(shapes: Shapes, limit: int, available: int, on_host: bool) -> Footp
     activations = 0 if spill else s.activations
     on_limited = fixed + (LIBRARIES + s.references + activations if on_host else 0)
     token = s.graph + s.backward + (s.layers * s.hidden * s.item if on_host else 0)
-    least = on_limited + s.length * token + max(_quantising(s), layer)
+    least = on_limited + s.length * token + max(s.quantising, layer)
     if least > limit:
         raise UserError(
             f"the run needs at least {format_size(least)} of memory even with weights streamed, and may take "
@@ -126,7 +132,7 @@ def streamed(shapes: Shapes, limit: int, available: int, on_host: bool) -> Footp
     wanted = max(s.batch * s.samples, 8) * s.length
     tokens = max(s.length, min(_TOKENS, wanted, room // 2 // token))
     room -= tokens * token
-    workspace = max(_quantising(s), min(_WORKSPACE, room // 2))
+    workspace = max(s.quantising, min(WORKSPACE, room // 2))
     window = max(layer, min(2 * (s.compact + layer), room // 2 if not on_host else min(room // 2, 1 << 28)))
     memory = fixed + max(tokens * token + 2 * window, workspace + window)
     boundary = 0 if on_host else s.layers * tokens * s.hidden * s.item
@@ -135,11 +141,6 @@ def streamed(shapes: Shapes, limit: int, available: int, on_host: bool) -> Footp
     else:
         boundary = max(boundary, activations)
     return _placed(s, memory, boundary, Streaming(window, tokens, workspace, spill), on_host)
-
-
-def _quantising(s: Shapes) -> int:
-    """Bytes for quantising one expert."""
-    return 24 * s.expert_numel + 40 * (s.hidden**2 + s.inner**2)
 
 
 def _placed(s: Shapes, memory: int, boundary: int, streaming: Streaming | None, on_host: bool) -> Footprint:

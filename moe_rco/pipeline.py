@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ from moe_rco.calib.fisher import fisher_effects
 from moe_rco.calib.objective import AssignedModel
 from moe_rco.calib.runner import Runner
 from moe_rco.calib.search import SEED, Chosen, find, knapsack
+from moe_rco.calib.streaming import Streaming
 from moe_rco.calib.team import Team, joined
 from moe_rco.ckpt.destination import check_place, publish, recover
 from moe_rco.ckpt.reader import Checkpoint
@@ -93,6 +94,7 @@ def _prune(
     recipe: Recipe, work: WorkDirectory, output: Path, clock: _Clock, overwrite: bool, team: Team
 ) -> Report:
     ready = team.in_turn(lambda: checks.make_ready(recipe, overwrite=overwrite))
+    ready = replace(ready, streaming=_agreed(ready.streaming, team))
     sized, checkpoint = ready.sized, ready.checkpoint
     if team.leads:
         Run.of(recipe, sized.table, sized.budget).save(work)
@@ -134,6 +136,14 @@ def _prune(
     work.clear()
     team.wait()
     return report
+
+
+def _agreed(streaming: Streaming | None, team: Team) -> Streaming | None:
+    """What the first process has found that fits: all must take the same share of everything at a time."""
+    none = (0, 0, 0, 0)
+    found = np.array(none if streaming is None else astuple(streaming), dtype=np.float64)
+    (first,) = team.map(lambda values: values, [found])
+    return None if not first.any() else Streaming(*map(int, first[:3]), spill=bool(first[3]))
 
 
 def prepare(ready: checks.Ready, work: Path, progress: Progress, team: Team | None = None) -> Prepared:

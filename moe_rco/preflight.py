@@ -15,7 +15,7 @@ from moe_rco.adapters import Adapter, get_adapter
 from moe_rco.baselines import check_method
 from moe_rco.calib.data import TokenPool, check_sources, load_tokenizer, make_pools
 from moe_rco.calib.streaming import Streaming
-from moe_rco.calib.team import local_rank
+from moe_rco.calib.team import local_rank, processes_here
 from moe_rco.ckpt.destination import check_destination
 from moe_rco.ckpt.locate import fetch_model, read_config
 from moe_rco.ckpt.reader import Checkpoint
@@ -230,7 +230,10 @@ def footprint(sized: Sized, ready: Ready | None) -> Footprint:
     execution = sized.recipe.execution
     device, shapes = resolve_device(sized.recipe), _shapes(sized, ready)
     on_host = device.type != "cuda"
-    limit, available = execution.memory_limit, int(0.9 * psutil.virtual_memory().available)
+    limit, available = (
+        execution.memory_limit,
+        int(0.9 * psutil.virtual_memory().available) // processes_here(),
+    )
     if limit is None:
         limit = available if on_host else int(0.9 * torch.cuda.mem_get_info(device)[0])
     if execution.mode == "streaming":
@@ -265,7 +268,9 @@ def _shapes(sized: Sized, ready: Ready | None) -> Shapes:
     compact = int(table.costs[:, kept].sum() + table.original_bytes) // len(table.layers)
     dtype = resolve_dtype(recipe, resolve_device(recipe))
     return Shapes(
-        layers, adapter.num_experts(config), table.floor, hidden, inner, attention, vocabulary, len(kept), compact,
-        table.numel // len(table.groups), dense, tokens, recipe.calibration.sequence_length, recipe.search.samples,
-        recipe.search.batch, dtype.itemsize,
+        layers=layers, experts=adapter.num_experts(config), top_k=table.floor, hidden=hidden, inner=inner,
+        attention=attention, vocabulary=vocabulary, kept=len(kept), compact=compact,
+        expert_numel=table.numel // len(table.groups), dense=dense, tokens=tokens,
+        length=recipe.calibration.sequence_length, samples=recipe.search.samples, batch=recipe.search.batch,
+        item=dtype.itemsize,
     )  # fmt: skip

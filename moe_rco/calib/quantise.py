@@ -79,9 +79,7 @@ class LayerQuantizer:
         self._bank, self._tokens = bank, tokens
         self._pooled: list[HessianAccumulator] | None = None
         hidden, inner = bank.weights(0, bank.original)[1].shape
-        # Weights, codes and grids in float32, and Hessians and their factors in float64, with some copies of each.
-        expert = 24 * 3 * hidden * inner + (40 * (hidden**2 + inner**2) if method == "gptq" else 0)
-        self._together = max(1, workspace // expert)
+        self._together = max(1, workspace // working_bytes(hidden, inner))
         if method == "gptq":
             self._pooled = [HessianAccumulator(1, size, bank.device) for size in (hidden, inner)]
 
@@ -165,6 +163,12 @@ class LayerQuantizer:
             found.append(shrunk.hessian)
             few.update(experts[place] for place in shrunk.experts)
         return found
+
+
+def working_bytes(hidden: int, inner: int) -> int:
+    """What quantising one expert takes at most: gate and up [2I, H], down [H, I], and a Hessian for each."""
+    # Weights, codes and grids in float32, Hessians and their factors in float64, with some copies of each.
+    return 24 * 3 * hidden * inner + 40 * (hidden**2 + inner**2)
 
 
 def _store(store: Store, layer: int, option: Option, tensors: dict[str, Tensor], team: Team) -> None:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 from pathlib import Path
 
 import torch
 
+from moe_rco.errors import StoreError
+from moe_rco.units import format_size
+
 
 class Room:
-    """A tensor of zeros; in a file that is removed at once from its directory, and from the disk with the last use of it."""
+    """A tensor of zeros; in a file that is removed at once from its directory, and from the disk with the last use of it.
+
+    Raises StoreError where the file cannot be made.
+    """
 
     def __init__(
         self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, file: Path | None
@@ -20,10 +27,17 @@ class Room:
             self.tensor = torch.zeros(shape, dtype=dtype, device=device)
             return
         size = math.prod(shape) * dtype.itemsize
-        with file.open("w+b") as opened:
-            file.unlink()
-            opened.truncate(size)
-            self._map = mmap.mmap(opened.fileno(), size)
+        try:
+            with file.open("w+b") as opened:
+                file.unlink()
+                # Not a hole to be filled later: that a disk is full would then end the process without a word.
+                os.posix_fallocate(opened.fileno(), 0, size)
+                self._map = mmap.mmap(opened.fileno(), size)
+        except OSError as error:
+            raise StoreError(
+                f"cannot keep {format_size(size)} of activations in {file.parent}: {error.strerror}; make room on that disk, "
+                "or lower calibration.sequences"
+            ) from error
         self.tensor = torch.frombuffer(self._map, dtype=dtype).view(shape)
 
     def let_go(self) -> None:

@@ -47,12 +47,12 @@ class Team:
             shape[: mine[0].ndim + 1] = torch.tensor([mine[0].ndim, *mine[0].shape])
         with _together():
             dist.broadcast(shape, 0)
-            each = tuple(shape[1 : 1 + int(shape[0])].tolist())
-            rows = -(-len(items) // self.size)
-            own = torch.zeros((rows, *each), dtype=torch.float64)
-            for row, values in enumerate(mine):
-                own[row] = torch.from_numpy(np.asarray(values, dtype=np.float64))
-            all_ = [torch.empty_like(own) for _ in range(self.size)]
+        each = tuple(shape[1 : 1 + int(shape[0])].tolist())
+        own = torch.zeros((-(-len(items) // self.size), *each), dtype=torch.float64)
+        for row, values in enumerate(mine):
+            own[row] = torch.from_numpy(np.asarray(values, dtype=np.float64))
+        all_ = [torch.empty_like(own) for _ in range(self.size)]
+        with _together():
             dist.all_gather(all_, own)
         self.sent += own.nbytes
         return [all_[index % self.size][index // self.size].numpy() for index in range(len(items))]
@@ -81,6 +81,11 @@ def leads() -> bool:
 def local_rank() -> int:
     """The number of this process on its machine: that of the device it takes."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def processes_here() -> int:
+    """How many processes of the run share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 @contextmanager
