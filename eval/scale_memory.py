@@ -15,14 +15,15 @@ from typing import Any
 from eval.timing import ratio
 from moe_rco import pipeline
 from moe_rco import recipe as recipes
+from moe_rco.calib.search import knapsack
 from moe_rco.ckpt.reader import Checkpoint
 from moe_rco.ckpt.rewrite import rewrite
 from moe_rco.ckpt.store import Store
 from moe_rco.ckpt.workdir import WorkDirectory
 from moe_rco.plan import Plan
-from moe_rco.preflight import size
+from moe_rco.preflight import make_ready, size
 from moe_rco.recipe import DEMO_CALIBRATION
-from moe_rco.types import Option
+from moe_rco.types import Silent
 
 RECIPE = """\
 version: 1
@@ -94,9 +95,9 @@ def writing(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     recipe = recipes.load("demo", [*sets, f"output={work / 'result'}"])
     sized = size(recipe)
     kept = WorkDirectory(work)
-    found = pipeline.prepare(pipeline.checks.make_ready(recipe), kept.path, pipeline.Silent())
+    found = pipeline.prepare(make_ready(recipe), kept.path, Silent())
     store: Store = found.store
-    choice = pipeline.knapsack(found.effects, sized.table, sized.budget)
+    choice = knapsack(found.effects, sized.table, sized.budget)
     plan = Plan.from_assignment(choice, sized.budget, model_digest="", recipe_digest="", losses={})
     results, copies = [], []
     for number in range(arguments.repeats):
@@ -112,7 +113,7 @@ def writing(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         shutil.rmtree(copy)
     shutil.rmtree(work)
     speed = written / min(results) / 1e6
-    options = ", ".join(f"{Option.parse(name)}: {count}" for name, count in choice.counts().items())
+    options = ", ".join(f"{name}: {count}" for name, count in choice.counts().items())
     return [
         {
             "written": f"{written / 1e9:.2f} GB",

@@ -145,7 +145,7 @@ def _pack(values: Tensor, bits: int) -> Tensor:
 
 
 def _unpack(packed: Tensor, bits: int, length: int) -> Tensor:
-    """The inverse of the library's packing, seven times faster than its own: weights streamed are unpacked all the time."""
+    """The inverse of the library's packing, without its detours: streamed weights are unpacked all the time."""
     offset = 1 << (bits - 1)
     if 8 % bits == 0:  # the codes are parts of bytes, lowest first
         words, shifts = packed.contiguous().view(torch.uint8), range(0, 8, bits)

@@ -27,7 +27,7 @@ class Source:
 
 
 def held(window: Window[int, int]) -> int:
-    return sum(1 for _ in window._held)
+    return len(window._held)
 
 
 @pytest.mark.parametrize("capacity", [0, 1, 3, 100])

@@ -5,12 +5,10 @@ Processes are forked from one that has torch loaded already: twenty starts would
 
 from __future__ import annotations
 
-import itertools
 import json
 import multiprocessing
 import os
 import random
-import shutil
 import signal
 import socket
 import subprocess
@@ -27,19 +25,9 @@ from moe_rco import progress
 from moe_rco.ckpt.shards import read_manifest
 from moe_rco.ckpt.store import listed
 from moe_rco.ckpt.workdir import WorkDirectory
-from moe_rco.recipe import DEMO_CALIBRATION, DEMO_MODEL
 from tests.killing import tree
-from tests.tiny_models import save_tiny
+from tests.tiny_job import save_job
 
-RECIPE = """\
-version: 1
-model: {model}
-options: [prune, int4-g64, int8-g64, bf16]
-budget: {{ratio: 0.17}}
-calibration: {{data: {model}/text.jsonl, sequences: 48, sequence_length: 64, holdout: 0.25}}
-search: {{steps: 24, refine: 48, samples: 2, batch: 4, evaluate_every: 2, learning_rate: 0.4}}
-output: out
-"""
 SHARD_BYTES = 20_000
 Count = Callable[[WorkDirectory], int]
 KILLED = -9
@@ -48,15 +36,7 @@ KILLED = -9
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe for a tiny model, with the demo's tokenizer and a little text."""
-    place = tmp_path_factory.mktemp("resume")
-    model = save_tiny("qwen3_moe", place / "model", vocab_size=4096, num_hidden_layers=4)
-    for file in DEMO_MODEL.glob("tokenizer*"):
-        shutil.copy(file, model)
-    with DEMO_CALIBRATION.open(encoding="utf-8") as source:
-        (model / "text.jsonl").write_text("".join(itertools.islice(source, 40)), encoding="utf-8")
-    path = place / "recipe.yaml"
-    path.write_text(RECIPE.format(model=model), encoding="utf-8")
-    return path
+    return save_job(tmp_path_factory.mktemp("resume"), steps=24, refine=48)
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,18 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from moe_rco.recipe import DEMO_CALIBRATION, DEMO_MODEL
-from tests.tiny_models import save_tiny
-
-RECIPE = """\
-version: 1
-model: {model}
-options: [prune, int4-g64, int8-g64, bf16]
-budget: {{ratio: 0.17}}
-calibration: {{data: {model}/text.jsonl, sequences: 48, sequence_length: 64, holdout: 0.25}}
-search: {{steps: 12, refine: 24, samples: 2, batch: 4, evaluate_every: 2, learning_rate: 0.4}}
-output: alone
-"""
+from tests.tiny_job import save_job
 
 
 def command(recipe: Path, output: Path, processes: int = 1) -> list[str]:
@@ -39,6 +26,17 @@ def command(recipe: Path, output: Path, processes: int = 1) -> list[str]:
 
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run(recipe: Path, output: Path, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(recipe, output, processes),
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+        env=environment(),
+    )
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -55,21 +53,8 @@ def files(directory: Path) -> dict[str, bytes]:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
     """A recipe for a tiny model, and what one process makes of it."""
     place = tmp_path_factory.mktemp("team")
-    model = save_tiny("qwen3_moe", place / "model", vocab_size=4096, num_hidden_layers=4)
-    for file in DEMO_MODEL.glob("tokenizer*"):
-        shutil.copy(file, model)
-    with DEMO_CALIBRATION.open(encoding="utf-8") as source:
-        (model / "text.jsonl").write_text("".join(itertools.islice(source, 40)), encoding="utf-8")
-    recipe = place / "recipe.yaml"
-    recipe.write_text(RECIPE.format(model=model), encoding="utf-8")
-    done = subprocess.run(
-        command(recipe, place / "alone"),
-        capture_output=True,
-        text=True,
-        timeout=250,
-        check=False,
-        env=environment(),
-    )
+    recipe = save_job(place, steps=12, refine=24)
+    done = run(recipe, place / "alone")
     assert done.returncode == 0, done.stderr
     return recipe, files(place / "alone")
 
@@ -78,14 +63,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, byt
 def test_two_processes_write_what_one_writes(alone: tuple[Path, dict[str, bytes]]) -> None:
     recipe, expected = alone
     output = recipe.parent / "two"
-    done = subprocess.run(
-        command(recipe, output, 2),
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-        env=environment(),
-    )
+    done = run(recipe, output, 2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Reloaded") == 1  # one of them talks
     assert files(output) == expected
@@ -102,7 +80,7 @@ def test_a_lost_process_ends_the_run_and_one_alone_goes_on(alone: tuple[Path, di
     recipe, expected = alone
     output = recipe.parent / "lost"
     work = output.with_name("lost.work")
-    run = subprocess.Popen(
+    started = subprocess.Popen(
         command(recipe, output, 2),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -111,16 +89,14 @@ def test_a_lost_process_ends_the_run_and_one_alone_goes_on(alone: tuple[Path, di
     )
     deadline = time.monotonic() + 240
     while not (work / "search.safetensors").exists() and time.monotonic() < deadline:
-        assert run.poll() is None, run.communicate()[1]
+        assert started.poll() is None, started.communicate()[1]
         time.sleep(0.02)
-    last = next(p for p in workers(run.pid) if p.environ().get("RANK") == "1")
+    last = next(p for p in workers(started.pid) if p.environ().get("RANK") == "1")
     last.send_signal(signal.SIGKILL)
-    _, errors = run.communicate(timeout=100)
-    assert run.returncode != 0
+    _, errors = started.communicate(timeout=100)
+    assert started.returncode != 0
     assert not output.exists()
     assert "internal error" not in errors
-    done = subprocess.run(
-        command(recipe, output), capture_output=True, text=True, timeout=250, check=False, env=environment()
-    )
+    done = run(recipe, output)
     assert done.returncode == 0, done.stderr
     assert files(output) == expected
