@@ -151,7 +151,8 @@ def validate(recipe: str, overrides: tuple[str, ...]) -> None:
 
     loaded = load(recipe, overrides)
     options = ", ".join(option.name for option in loaded.options)
-    click.echo(f"{recipe}: valid. {loaded.model}, options {options}, budget {loaded.budget.text}.")
+    budgets = ("budget " if len(loaded.budget) == 1 else "budgets ") + ", ".join(b.text for b in loaded.budget)
+    click.echo(f"{recipe}: valid. {loaded.model}, options {options}, {budgets}.")
 
 
 @app.command(epilog=_example("moe-rco inspect /models/Qwen3-30B-A3B", "moe-rco inspect out/demo"))

@@ -18,6 +18,10 @@ def apply_overrides(document: Document, overrides: Sequence[str]) -> None:
         path = tuple(part.strip() for part in key.split("."))
         if not equals or not all(path):
             raise RecipeError(f"{source}: write key=value, as in --set search.steps=100")
+        if path[0] == "budget" and len(path) == 2 and path[1] in FORMS:
+            # A list, or a short form such as 35%, is replaced as a whole.
+            if not isinstance(document.data.get("budget"), dict):
+                document.data["budget"] = None
         section = document.data
         for depth, part in enumerate(path[:-1], start=1):
             if section.get(part) is None:

@@ -81,13 +81,15 @@ class Candidate:
 class Chosen:
     """The best candidate, all of them (best first), and the history of the search.
 
-    `mixed` is the best of the assignments that were only to be compared with; None where there were none.
+    `mixed` is the best of the assignments that were only to be compared with; None where there were none. `logits` [N, K]
+    are those that the search ended with, None where it has none.
     """
 
     best: Candidate
     candidates: tuple[Candidate, ...]
     history: tuple[StepRecord, ...]
     mixed: Candidate | None = None
+    logits: torch.Tensor | None = None
 
 
 def find(
