@@ -93,7 +93,8 @@ def app() -> None:
     epilog=_example(
         "moe-rco prune --recipe demo",
         "moe-rco prune --recipe qwen-moe --set model=/models/Qwen3-30B-A3B --dry-run",
-        "moe-rco prune --recipe my.yaml --set budget.bytes=20GiB --output out/20gib",
+        "moe-rco prune --recipe my.yaml --set budget=20GiB --output out/20gib",
+        "moe-rco prune --recipe my.yaml --set budget=[50%,35%,25%] --output out/three",
     )
 )
 @click.option(
@@ -116,11 +117,16 @@ def prune(
     loaded = load(recipe, overrides)
 
     from moe_rco import console, pipeline
+    from moe_rco.curve import Curve
 
     if dry_run:
         console.show_preflight(pipeline.preflight(loaded, overwrite=overwrite))
         return
-    console.show_summary(pipeline.prune(loaded, progress=console.RichProgress(), overwrite=overwrite))
+    reports = pipeline.prune_all(loaded, progress=console.RichProgress(), overwrite=overwrite)
+    if len(reports) == 1:
+        console.show_summary(reports[0])
+    else:
+        console.show_curve(Curve.load(Path(loaded.output)), loaded.output)
 
 
 @app.command(epilog=_example("moe-rco status out/demo", "moe-rco status out/demo --json"))
@@ -151,7 +157,9 @@ def validate(recipe: str, overrides: tuple[str, ...]) -> None:
 
     loaded = load(recipe, overrides)
     options = ", ".join(option.name for option in loaded.options)
-    budgets = ("budget " if len(loaded.budget) == 1 else "budgets ") + ", ".join(b.text for b in loaded.budget)
+    budgets = ("budget " if len(loaded.budget) == 1 else "budgets ") + ", ".join(
+        b.text for b in loaded.budget
+    )
     click.echo(f"{recipe}: valid. {loaded.model}, options {options}, {budgets}.")
 
 

@@ -126,7 +126,7 @@ def preflight(**changes: object) -> Preflight:
         "experts_before": 9_437_184,
         "smallest": 300_000,
         "largest": 9_437_184,
-        "budget": {"text": "ratio 0.25", "bytes": 2_359_296},
+        "budgets": [{"text": "ratio 0.25", "bytes": 2_359_296}],
         "sequences": 640,
         "tokens": 163_840,
         "holdout_sequences": 128,

@@ -17,7 +17,7 @@ from moe_rco.ckpt.store import Store
 from moe_rco.ckpt.workdir import WorkDirectory
 from moe_rco.errors import OutputError, PlanError
 from moe_rco.pipeline import prune
-from moe_rco.progress import Run, status
+from moe_rco.progress import Effort, Run, status
 from moe_rco.recipe import load
 from moe_rco.types import Option
 from tests.reports import report
@@ -31,8 +31,7 @@ RUN = Run(
     seed=0,
     layers=3,
     options=("int4-g64", "int8-g64"),
-    search_steps=40,
-    race_passes=960,
+    budgets={"": Effort(search_steps=40, race_passes=960)},
 )
 
 
@@ -72,7 +71,7 @@ def test_the_stages_one_after_the_other(work: WorkDirectory) -> None:
     expected["effects measured"] = (1, 1)
     assert stages(work) == expected
 
-    search = work.search("f", "r")
+    search = work.part().search("f", "r")
     search.save({"step": 30})
     expected["search steps"] = (30, 40)
     assert stages(work) == expected
@@ -81,7 +80,7 @@ def test_the_stages_one_after_the_other(work: WorkDirectory) -> None:
     expected |= {"search steps": (40, 40), "race passes": (96, 960)}
     assert stages(work) == expected
 
-    manifest = ShardManifest(work.shards, "f r more")
+    manifest = ShardManifest(work.part().shards, "f r more")
     manifest.begin(5)
     manifest.add("model-00001-of-00005.safetensors", "0")
     expected |= {"race passes": (960, 960), "shards written": (1, 5)}
@@ -91,8 +90,8 @@ def test_the_stages_one_after_the_other(work: WorkDirectory) -> None:
 def test_what_belongs_to_another_recipe_does_not_count(work: WorkDirectory) -> None:
     Store(work.store, "f")
     work.measured("f", "other", 0).save({"effects": torch.zeros(1)})
-    work.search("f", "other").save({"step": 30})
-    ShardManifest(work.shards, "f other more").begin(5)
+    work.part().search("f", "other").save({"step": 30})
+    ShardManifest(work.part().shards, "f other more").begin(5)
     assert {done for done, _ in stages(work).values()} == {0}
 
 
@@ -204,7 +203,8 @@ def test_the_totals_are_those_of_the_run(
     totals = Totals()
     prune(load("demo", settings), progress=totals)
     (run,) = noted
-    assert run.search_steps == totals.seen.get("search", 0)
-    assert run.race_passes == totals.seen.get("refine by races", 0)
+    (effort,) = run.budgets.values()
+    assert effort.search_steps == totals.seen.get("search", 0)
+    assert effort.race_passes == totals.seen.get("refine by races", 0)
     assert run.layers == 4
     assert run.options == ("int4-g64",)

@@ -79,7 +79,11 @@ REFUSED = [
     ("{ratio: 0.25}", "135%", ["r.yaml:4: budget: a budget in %", "at most 100%, not 135%"]),
     ("{ratio: 0.25}", "[]", ["r.yaml:4: budget: must not be empty"]),
     ("{ratio: 0.25}", "[50%,\n  0.3]", ["r.yaml:5: budget.1: say what 0.3 counts"]),
-    ("{ratio: 0.25}", "[50%,\n  {ratoi: 0.3}]", ["r.yaml:5: budget.1.ratoi: unknown key; did you mean 'ratio'?"]),
+    (
+        "{ratio: 0.25}",
+        "[50%,\n  {ratoi: 0.3}]",
+        ["r.yaml:5: budget.1.ratoi: unknown key; did you mean 'ratio'?"],
+    ),
     ("{ratio: 0.25}", "[50%,\n  {ratio: 0.5}]", ["r.yaml:5: budget.1: ratio 0.5 is listed twice"]),
     ("{ratio: 0.25}", "[50%, [35%]]", ["budget.1: a list within the list of budgets"]),
     ("{ratio: 0.25}", "[50%, ]\nlayout: x", ["layout: must be"]),

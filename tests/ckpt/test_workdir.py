@@ -202,5 +202,5 @@ def test_held_bytes(work: WorkDirectory) -> None:
     assert work.held_bytes() == 0
     work.store.mkdir(parents=True)
     (work.store / "a").write_bytes(bytes(100))
-    work.shards.write_bytes(bytes(11))
+    work.part().shards.write_bytes(bytes(11))
     assert work.held_bytes() == 111
