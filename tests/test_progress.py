@@ -15,6 +15,7 @@ from moe_rco import progress
 from moe_rco.ckpt.shards import ShardManifest
 from moe_rco.ckpt.store import Store
 from moe_rco.ckpt.workdir import WorkDirectory
+from moe_rco.curve import Curve
 from moe_rco.errors import OutputError, PlanError
 from moe_rco.pipeline import prune
 from moe_rco.progress import Effort, Run, status
@@ -208,3 +209,34 @@ def test_the_totals_are_those_of_the_run(
     assert effort.race_passes == totals.seen.get("refine by races", 0)
     assert run.layers == 4
     assert run.options == ("int4-g64",)
+
+
+def test_several_budgets_are_added_up(work: WorkDirectory) -> None:
+    efforts = {
+        "50pct": Effort(search_steps=40, race_passes=960),
+        "25pct": Effort(search_steps=40, race_passes=0),
+    }
+    RUN.model_copy(update={"budgets": efforts}).save(work)
+    Store(work.store, "f")
+    first, second = work.part("50pct"), work.part("25pct")
+    for part in (first, second):
+        part.directory.mkdir()
+        part.checkpoint.mkdir(parents=True)
+    ShardManifest(first.shards, "f r more").begin(3)
+    second.search("f", "r").save({"step": 30})
+    assert stages(work)["search steps"] == (70, 80)
+    assert stages(work)["race passes"] == (960, 960)
+    assert stages(work)["shards written"] == (0, 3)
+    assert stages(work)["budgets finished"] == (0, 2)
+    report().save(first.checkpoint)
+    report().save(second.checkpoint)  # of another recipe: there is no manifest
+    assert stages(work)["budgets finished"] == (1, 2)
+
+
+def test_a_finished_curve(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        report().save(tmp_path / name)
+    Curve.of(("a", "b"), (report(), report())).save(tmp_path)
+    found = status(tmp_path)
+    assert (found.state, found.result, len(found.results)) == ("finished", None, 2)
