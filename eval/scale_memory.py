@@ -96,8 +96,8 @@ def writing(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     kept = WorkDirectory(work)
     found = pipeline.prepare(pipeline.checks.make_ready(recipe), kept.path, pipeline.Silent())
     store: Store = found.store
-    choice = pipeline.knapsack(found.effects, sized.table, sized.budget)
-    plan = Plan.from_assignment(choice, sized.budget, model_digest="", recipe_digest="", losses={})
+    choice = pipeline.knapsack(found.effects, sized.table, sized.budgets[0])
+    plan = Plan.from_assignment(choice, sized.budgets[0], model_digest="", recipe_digest="", losses={})
     results, copies = [], []
     for number in range(arguments.repeats):
         target, copy = work / f"written-{number}", work / f"copy-{number}"
