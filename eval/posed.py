@@ -43,7 +43,7 @@ def pose(name: str, seed: int, settings: Sequence[str], ratio: float) -> Posed:
     recipe = recipe_of(name, seed, [*settings, f"budget={{ratio: {ratio}}}"])
     found = subject(name, recipe_of(name, seed, settings))
     prepared, table = found.prepared, found.prepared.model.table
-    budget = recipe.budget.resolve(table)
+    budget = recipe.budget[0].resolve(table)
     kept_out = KeptOut(prepared.model, prepared.pools[1], prepared.calibrated.kept_out)
     fisher = knapsack(prepared.effects, table, budget)
     points = starting_points(table, budget, prepared.calibrated.usage, prepared.errors)

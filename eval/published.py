@@ -129,7 +129,7 @@ class Found:
 def run_ours(prepared: Prepared, preparation: float, recipe: Recipe) -> Found:
     """Our search for the recipe's budget; preparing has taken `preparation` seconds."""
     start = time.monotonic()
-    best = choose(prepared, recipe.budget.resolve(prepared.model.table), recipe, Lines()).best
+    best = choose(prepared, recipe.budget[0].resolve(prepared.model.table), recipe, Lines()).best
     seconds, tokens = time.monotonic() - start, sum(pool.ids.numel() for pool in prepared.pools)
     return Found(best.assignment, tokens, preparation, seconds, best.name)
 
@@ -198,7 +198,7 @@ def measure_model(
                 rival = RIVALS[method]
                 python = arguments.reap_python if rival.clone == "reap" else Path(sys.executable)
                 found = run_rival(rival, clones[rival.clone], python, ready, pruned)
-            budget = at.budget.resolve(ready.sized.table)
+            budget = at.budget[0].resolve(ready.sized.table)
             if found.assignment.cost > budget.bytes:
                 raise RuntimeError(f"{method} keeps {found.assignment.cost} bytes of {budget.bytes}")
             record = {"model": name, "ratio": pruned, "seed": seed, "method": method}

@@ -114,7 +114,7 @@ def measure_model(
     for ratio, method in todo:
         start = time.monotonic()
         at_ratio = recipe_of(name, seed, [*settings, f"budget={{ratio: {ratio}}}"])
-        budget = at_ratio.budget.resolve(prepared.sized.table)
+        budget = at_ratio.budget[0].resolve(prepared.sized.table)
         variants = methods.all(budget, at_ratio)[method]()
         chosen = time.monotonic() - start
         record = {"model": name, "ratio": ratio, "seed": seed, "method": method, "inputs": inputs}

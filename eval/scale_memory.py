@@ -97,8 +97,8 @@ def writing(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     kept = WorkDirectory(work)
     found = pipeline.prepare(make_ready(recipe), kept.path, Silent())
     store: Store = found.store
-    choice = knapsack(found.effects, sized.table, sized.budget)
-    plan = Plan.from_assignment(choice, sized.budget, model_digest="", recipe_digest="", losses={})
+    choice = knapsack(found.effects, sized.table, sized.budgets[0])
+    plan = Plan.from_assignment(choice, sized.budgets[0], model_digest="", recipe_digest="", losses={})
     results, copies = [], []
     for number in range(arguments.repeats):
         target, copy = work / f"written-{number}", work / f"copy-{number}"

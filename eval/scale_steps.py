@@ -36,7 +36,7 @@ STREAMING = Streaming(window=1 << 26, tokens=1 << 15, workspace=1 << 28)
 def one_hot(found: Subject, recipe: Recipe, count: int) -> list[torch.Tensor]:
     """Assignments near the Fisher seed, as straight-through samples."""
     q, table = found.prepared.effects, found.prepared.model.table
-    budget = recipe.budget.resolve(table)
+    budget = recipe.budget[0].resolve(table)
     rng = np.random.default_rng(0)
     noisy = (q * rng.lognormal(0, 0.3, q.shape) for _ in range(count))
     choices = [knapsack(losses, table, budget).choice for losses in noisy]
@@ -142,7 +142,7 @@ def by_experts(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         path = arguments.work / f"experts-{experts}"
         recipe = recipe_of("demo", 0, [*SETTINGS, f"model={_random(path, experts)}", "quantizer.method=rtn"])
         found = subject(f"random-{experts}", recipe)
-        found_budget: Budget = recipe.budget.resolve(found.prepared.model.table)
+        found_budget: Budget = recipe.budget[0].resolve(found.prepared.model.table)
         samples, times = one_hot(found, recipe, recipe.search.samples), []
         for number in range(arguments.repeats + 1):
             start = time.perf_counter()

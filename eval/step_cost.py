@@ -69,7 +69,7 @@ class Stopwatch:
 def time_steps(prepared: Subject, recipe: Recipe, repeats: int) -> Stopwatch:
     """Run a search of `repeats` steps after one to warm up."""
     model, search = prepared.prepared.model, recipe.search
-    pool, budget = prepared.prepared.pools[0], recipe.budget.resolve(model.table)
+    pool, budget = prepared.prepared.pools[0], recipe.budget[0].resolve(model.table)
     effects = prepared.prepared.effects
     passes = {
         "ours": our_runner(prepared),

@@ -1,6 +1,7 @@
 """Expert pruning and mixed precision for mixture-of-experts language models, within a budget in bytes.
 
-`prune(recipe)` is what `moe-rco prune` does. Importing this package also teaches transformers to load what it writes:
+`prune(recipe)` is what `moe-rco prune` does, and gives a report; `prune_all(recipe)` gives one for each of a recipe's budgets,
+the largest first. Importing this package also teaches transformers to load what it writes:
 `AutoModelForCausalLM.from_pretrained(directory)`.
 """
 
@@ -14,7 +15,7 @@ from moe_rco.serve.hf import register
 
 if TYPE_CHECKING:
     from moe_rco.console import RichProgress
-    from moe_rco.pipeline import preflight, prune
+    from moe_rco.pipeline import preflight, prune, prune_all
     from moe_rco.recipe import Recipe
     from moe_rco.recipe import load as load_recipe
     from moe_rco.report import Report
@@ -27,9 +28,19 @@ _LAZY = {
     "load_recipe": ("moe_rco.recipe", "load"),
     "preflight": ("moe_rco.pipeline", "preflight"),
     "prune": ("moe_rco.pipeline", "prune"),
+    "prune_all": ("moe_rco.pipeline", "prune_all"),
 }
 
-__all__ = ["Recipe", "Report", "RichProgress", "__version__", "load_recipe", "preflight", "prune"]
+__all__ = [
+    "Recipe",
+    "Report",
+    "RichProgress",
+    "__version__",
+    "load_recipe",
+    "preflight",
+    "prune",
+    "prune_all",
+]
 
 register()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from fractions import Fraction
 from typing import Annotated, Any
 
@@ -10,19 +11,21 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from moe_rco.errors import BudgetError
 from moe_rco.types import Budget, CostTable
-from moe_rco.units import format_size, parse_size
+from moe_rco.units import exact_size, format_size, parse_size
 
 FORMS = ("bytes", "ratio", "avg_bits")
 _FORMS_TEXT = "bytes (as in 12MiB), ratio (as in 0.35) or avg_bits (as in 4.25)"
 
 Size = Annotated[int, BeforeValidator(parse_size)]
+_PERCENT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*")
 
 
 class BudgetSpec(BaseModel):
     """Exactly one of three ways to say how many bytes the routed experts may take on disk.
 
     `bytes` is that number. `ratio` is a fraction of what they take in the model as given. `avg_bits` is bits
-    per original weight of a routed expert, scales and everything else that is written included.
+    per original weight of a routed expert, scales and everything else that is written included. The texts `35%` and
+    `20GiB` are short for a ratio and for bytes.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -36,7 +39,8 @@ class BudgetSpec(BaseModel):
     def _one_form(cls, value: Any) -> Any:
         value = {} if value is None else value
         if isinstance(value, list | tuple):
-            raise ValueError("a list of budgets is not available in this version; give one")
+            raise ValueError("a list within the list of budgets; give one list")
+        value = _short(value) if isinstance(value, str) else value
         if isinstance(value, str | int | float):
             raise ValueError(f"say what {value} counts: {_FORMS_TEXT}, as in 'budget: {{ratio: 0.35}}'")
         if isinstance(value, dict):
@@ -60,6 +64,15 @@ class BudgetSpec(BaseModel):
             return format_size(self.bytes)
         return f"ratio {self.ratio:g}" if self.ratio is not None else f"{self.avg_bits:g} bits per weight"
 
+    @property
+    def name(self) -> str:
+        """What the directory of this budget is called where there are several; no two budgets share one."""
+        if self.bytes is not None:
+            return exact_size(self.bytes)
+        if self.ratio is not None:
+            return f"{_decimal(Fraction(str(self.ratio)) * 100)}pct"
+        return f"{_decimal(Fraction(str(self.avg_bits)))}bit"
+
     def resolve(self, table: CostTable) -> Budget:
         """Integer bytes, rounded down. Raises BudgetError, naming the smallest and largest possible figure.
 
@@ -74,7 +87,7 @@ class BudgetSpec(BaseModel):
         size = math.floor(Fraction(str(value)) * unit)
         smallest, largest = table.range[0], max(table.range[1], table.original_bytes)
         if smallest <= size <= largest:
-            return Budget(size, self.text)
+            return Budget(size, self.text, self.name)
         if size < smallest:
             problem = f"is too small for the options {', '.join(option.name for option in table.options)}"
             if table.prune_index is not None:
@@ -100,3 +113,26 @@ class BudgetSpec(BaseModel):
         if self.bytes is not None:
             return f"{size:,} bytes ({format_size(size)})"
         return f"{self.form} {value:g} ({size:,} bytes)"
+
+
+def _short(text: str) -> object:
+    """The full form of `35%` and of a size with a unit; other texts as they are."""
+    if match := _PERCENT.fullmatch(text):
+        if not 0 < Fraction(match[1]) <= 100:
+            raise ValueError(f"a budget in % must be greater than 0% and at most 100%, not {text.strip()}")
+        return {"ratio": float(Fraction(match[1]) / 100)}
+    try:
+        size = parse_size(text)
+    except ValueError:
+        return text
+    return {"bytes": size} if text.strip()[-1].isalpha() else text
+
+
+def _decimal(value: Fraction) -> str:
+    """All its decimal digits, without an exponent: values that differ read differently."""
+    whole, rest = divmod(value, 1)
+    digits = ""
+    while rest:
+        digit, rest = divmod(rest * 10, 1)
+        digits += str(digit)
+    return f"{whole}.{digits}" if digits else str(whole)

@@ -93,7 +93,8 @@ def app() -> None:
     epilog=_example(
         "moe-rco prune --recipe demo",
         "moe-rco prune --recipe qwen-moe --set model=/models/Qwen3-30B-A3B --dry-run",
-        "moe-rco prune --recipe my.yaml --set budget.bytes=20GiB --output out/20gib",
+        "moe-rco prune --recipe my.yaml --set budget=20GiB --output out/20gib",
+        "moe-rco prune --recipe my.yaml --set budget=[50%,35%,25%] --output out/three",
     )
 )
 @click.option(
@@ -117,14 +118,19 @@ def prune(
 
     from moe_rco import console, pipeline
     from moe_rco.calib.team import leads
+    from moe_rco.curve import Curve
 
     if dry_run:
         console.show_preflight(pipeline.preflight(loaded, overwrite=overwrite))
         return
-    first = leads()
-    report = pipeline.prune(loaded, progress=console.RichProgress() if first else None, overwrite=overwrite)
-    if first:
-        console.show_summary(report)
+    progress = console.RichProgress() if leads() else None
+    reports = pipeline.prune_all(loaded, progress=progress, overwrite=overwrite)
+    if not leads():
+        return
+    if len(reports) == 1:
+        console.show_summary(reports[0])
+    else:
+        console.show_curve(Curve.load(Path(loaded.output)), loaded.output)
 
 
 @app.command(epilog=_example("moe-rco status out/demo", "moe-rco status out/demo --json"))
@@ -155,7 +161,10 @@ def validate(recipe: str, overrides: tuple[str, ...]) -> None:
 
     loaded = load(recipe, overrides)
     options = ", ".join(option.name for option in loaded.options)
-    click.echo(f"{recipe}: valid. {loaded.model}, options {options}, budget {loaded.budget.text}.")
+    budgets = ("budget " if len(loaded.budget) == 1 else "budgets ") + ", ".join(
+        b.text for b in loaded.budget
+    )
+    click.echo(f"{recipe}: valid. {loaded.model}, options {options}, {budgets}.")
 
 
 @app.command(epilog=_example("moe-rco inspect /models/Qwen3-30B-A3B", "moe-rco inspect out/demo"))

@@ -19,6 +19,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from moe_rco.curve import Curve
 from moe_rco.heatmap import Key, legend
 from moe_rco.inspection import Inspection
 from moe_rco.progress import Status
@@ -125,9 +126,10 @@ def show_preflight(preflight: Preflight, console: Console | None = None) -> None
     table.add_row("layout", _LAYOUTS[p.layout])
     for option in p.options:
         table.add_row("option", f"{option.name}: {format_size(option.bytes_per_expert)} per expert")
-    share = _share(p.budget.bytes, p.experts_before)
     table.add_row("experts now", _bytes(p.experts_before))
-    table.add_row("budget", f"{_bytes(p.budget.bytes)}, {share} of now ({p.budget.text})")
+    for budget in p.budgets:
+        share = _share(budget.bytes, p.experts_before)
+        table.add_row("budget", f"{_bytes(budget.bytes)}, {share} of now ({budget.text})")
     table.add_row("possible", f"{_bytes(p.smallest)} to {_bytes(p.largest)}")
     table.add_row(
         "calibration", f"{p.sequences:,} sequences ({p.holdout_sequences:,} held out), {p.tokens:,} tokens"
@@ -203,6 +205,29 @@ def show_summary(report: Report, console: Console | None = None) -> None:
         console.print(f"    {line}", soft_wrap=True)
 
 
+def show_curve(curve: Curve, output: str, console: Console | None = None) -> None:
+    """What `prune` ends with for several budgets."""
+    console = console or stdout()
+    console.rule(curve.model)
+    table = _table("directory", "experts>", "of before>", "whole model>", "loss>", "KL>", "±>")
+    for point in curve.points:
+        table.add_row(
+            point.directory,
+            f"{point.expert_bytes:,}",
+            _share(point.expert_bytes, curve.experts_before),
+            f"{point.total_bytes:,}",
+            f"{point.loss:.4f}",
+            f"{point.kl:.5f}",
+            f"{point.kl_stderr:.5f}",
+        )
+    _show(console, "Bytes, and held-out text (nats per token; KL to the original)", table)
+    console.print(f"Loss of the original: {curve.original_loss:.4f}")
+    console.print(
+        f"\nWritten to {output}: a model and its report in each directory, and the curve in curve.json and curve.svg.",
+        soft_wrap=True,
+    )
+
+
 def _usage(report: Report) -> tuple[str, ...]:
     if report.stock is not None and not report.stock.transformers_reads:
         return ("from vllm import LLM", f"model = LLM({report.output!r})")
@@ -240,8 +265,9 @@ def show_status(status: Status, console: Console | None = None) -> None:
         console.print(table)
     if status.state == "interrupted":
         console.print("\nThe same command goes on from here.")
-    if status.result is not None:
-        r = status.result
+    if status.results and status.state != "finished":
+        console.print("\nAn earlier run's output is there until this one has finished:")
+    for r in status.results:
         console.print()
         table = _table("", "")
         table.add_row("model", r.model)
@@ -249,8 +275,6 @@ def show_status(status: Status, console: Console | None = None) -> None:
         table.add_row("routed experts", _bytes(r.expert_bytes))
         table.add_row("whole model", _bytes(r.total_bytes))
         table.add_row("KL, held-out text", f"{r.kl:.5f} ± {r.kl_stderr:.5f} nats per token")
-        if status.state != "finished":
-            console.print("An earlier run's output is there until this one has finished:")
         console.print(table)
 
 

@@ -28,7 +28,7 @@ from moe_rco.calib.data import TokenPool, heldout_pool, load_tokenizer
 from moe_rco.calib.fisher import fisher_effects
 from moe_rco.calib.objective import AssignedModel
 from moe_rco.calib.runner import Runner
-from moe_rco.calib.search import SEED, Chosen, find, knapsack
+from moe_rco.calib.search import SEED, Chosen, find, knapsack, start_logits
 from moe_rco.calib.streaming import Streaming
 from moe_rco.calib.team import Team, joined
 from moe_rco.ckpt.destination import check_place, publish, recover
@@ -36,9 +36,11 @@ from moe_rco.ckpt.reader import Checkpoint
 from moe_rco.ckpt.rewrite import rewrite
 from moe_rco.ckpt.state import SavedState
 from moe_rco.ckpt.store import Store
-from moe_rco.ckpt.workdir import WorkDirectory
+from moe_rco.ckpt.workdir import Part, WorkDirectory
+from moe_rco.curve import Curve
+from moe_rco.errors import RecipeError
 from moe_rco.plan import Plan, costs_digest
-from moe_rco.progress import Run
+from moe_rco.progress import Run, finished, part_names
 from moe_rco.recipe import Recipe
 from moe_rco.report import Preflight, Report
 from moe_rco.reporting import build_report
@@ -74,8 +76,19 @@ def preflight(recipe: Recipe, *, overwrite: bool = False) -> Preflight:
 
 
 def prune(recipe: Recipe, *, progress: Progress | None = None, overwrite: bool = False) -> Report:
+    """`prune_all` for a recipe with one budget. Raises UserError for what the user can repair."""
+    if len(recipe.budget) > 1:
+        raise RecipeError(f"budget: {len(recipe.budget)} are listed; prune_all makes a model for each")
+    return prune_all(recipe, progress=progress, overwrite=overwrite)[0]
+
+
+def prune_all(
+    recipe: Recipe, *, progress: Progress | None = None, overwrite: bool = False
+) -> tuple[Report, ...]:
     """Do the whole job of a recipe: the output directory appears complete, measured and with its report, or not at all.
 
+    A report for every budget, the largest first. Of several budgets each has a directory of its own in the output, beside
+    the curve of quality against bytes (`Curve`).
     What is done is kept in `<output>.work` until the end, so that a run interrupted at any moment goes on where it was.
     Started by torchrun, several processes share the work in one file system; the first of them writes, and all return
     the report. Raises UserError for what the user can repair.
@@ -87,55 +100,117 @@ def prune(recipe: Recipe, *, progress: Progress | None = None, overwrite: bool =
         if team.leads:
             recover(output)
         team.wait()
-        return _prune(recipe, work, output, _Clock(progress or Silent()), overwrite, team)
+        return _prune(recipe, work, output, progress or Silent(), overwrite, team)
 
 
 def _prune(
-    recipe: Recipe, work: WorkDirectory, output: Path, clock: _Clock, overwrite: bool, team: Team
-) -> Report:
+    recipe: Recipe, work: WorkDirectory, output: Path, progress: Progress, overwrite: bool, team: Team
+) -> tuple[Report, ...]:
+    clock = _Clock(progress)
     ready = team.in_turn(lambda: checks.make_ready(recipe, overwrite=overwrite))
     ready = replace(ready, streaming=_agreed(ready.streaming, team))
     sized, checkpoint = ready.sized, ready.checkpoint
+    parts = part_names(sized.budgets)
     if team.leads:
-        Run.of(recipe, sized.table, sized.budget).save(work)
+        Run.of(recipe, sized.table, sized.budgets).save(work)
+        work.keep_parts(parts)
         checkpoint.check_finite(sized.adapter, clock)
     prepared = prepare(ready, work.path, clock, team)
-    search = replace(work.search(prepared.store.fingerprint, recipe.digest()), read_only=not team.leads)
-    chosen = choose(prepared, sized.budget, recipe, clock, search)
+    heldout = heldout_pool(recipe.calibration, load_tokenizer(checkpoint.directory), prepared.pools[1])
+    reports, neighbour = list[Report](), None
+    for name, budget in zip(parts, sized.budgets, strict=True):
+        job = _Job(sized, prepared, heldout, budget, work.part(name), output / name, clock.at(name))
+        report, neighbour = job.done(neighbour)
+        reports += [report] if report is not None else []
+        clock.stages.clear()  # what all budgets share is told of the first
     if not team.leads:
         team.wait()
-        return Report.load(output)
-    assignment = chosen.best.assignment
-    plan = Plan.from_assignment(
-        assignment,
-        sized.budget,
-        model_digest=checkpoint.digest(clock),
-        recipe_digest=recipe.digest(),
-        losses={"kept_out_kl": chosen.best.kl},
-    )
-    written = rewrite(
-        checkpoint,
-        assignment,
-        plan,
-        prepared.store,
-        work.checkpoint,
-        recipe.to_yaml(),
-        manifest=work.shards,
-        progress=clock,
-    )
-    heldout = heldout_pool(recipe.calibration, load_tokenizer(checkpoint.directory), prepared.pools[1])
-    sample = prepared.pools[1].ids[:RELOAD_SEQUENCES]
-    reload, scores = verify(prepared.model, assignment, work.checkpoint, heldout, sample, clock)
-    report = build_report(
-        sized, plan.model, prepared.store, chosen, written, reload, scores, clock.stages, output
-    )
-    report.check()
-    report.save(work.checkpoint)
+        return tuple(Report.load(output / name) for name in parts)
+    if len(reports) > 1:
+        Curve.of(parts, reports).save(work.checkpoint)
     work.will_publish()
     publish(work.checkpoint, output, overwrite=overwrite, keep=checkpoint.directory)
     work.clear()
     team.wait()
-    return report
+    return tuple(reports)
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """What was found for the next larger budget: its best assignment, and the logits its search ended with, if it did."""
+
+    budget: str
+    choice: np.ndarray
+    logits: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One budget: from the search to the report. `part` is where it is kept, `output` where its model will be."""
+
+    sized: checks.Sized
+    prepared: Prepared
+    heldout: TokenPool
+    budget: Budget
+    part: Part
+    output: Path
+    clock: _Clock
+
+    def done(self, neighbour: Neighbour | None) -> tuple[Report | None, Neighbour | None]:
+        """The report, if this process leads, and what the next budget starts from, if there is one.
+
+        Both are from an earlier run if that had finished this budget.
+        """
+        recipe, store = self.sized.recipe, self.prepared.store
+        self.part.directory.mkdir(exist_ok=True)
+        inputs = (store.fingerprint, recipe.digest())
+        report, found = finished(self.part, *inputs), self.part.found(*inputs)
+        last, state = self.budget == self.sized.budgets[-1], found.load()
+        if report is None or (state is None and not last):
+            leads = self.prepared.model.team.leads
+            search = replace(self.part.search(*inputs), read_only=not leads)
+            chosen = choose(self.prepared, self.budget, recipe, self.clock, search, neighbour)
+            state = {"choice": torch.from_numpy(chosen.best.assignment.choice)}
+            if chosen.logits is not None:
+                state["logits"] = chosen.logits
+            if leads and not last:
+                found.save(state)
+            report = self._written(chosen) if leads else None
+        if state is None:
+            return report, None
+        return report, Neighbour(self.budget.text, state["choice"].numpy(), state.get("logits"))
+
+    def _written(self, chosen: Chosen) -> Report:
+        """Write, read back, measure."""
+        prepared, recipe, assignment = self.prepared, self.sized.recipe, chosen.best.assignment
+        plan = Plan.from_assignment(
+            assignment,
+            self.budget,
+            model_digest=prepared.checkpoint.digest(self.clock),
+            recipe_digest=recipe.digest(),
+            losses={"kept_out_kl": chosen.best.kl},
+        )
+        written = rewrite(
+            prepared.checkpoint,
+            assignment,
+            plan,
+            prepared.store,
+            self.part.checkpoint,
+            recipe.to_yaml(),
+            manifest=self.part.shards,
+            progress=self.clock,
+        )
+        sample = prepared.pools[1].ids[:RELOAD_SEQUENCES]
+        reload, scores = verify(
+            prepared.model, assignment, self.part.checkpoint, self.heldout, sample, self.clock
+        )
+        report = build_report(
+            self.sized, self.budget, plan.model, prepared.store, chosen, written, reload, scores,
+            self.clock.stages, self.output,
+        )  # fmt: skip
+        report.check()
+        report.save(self.part.checkpoint)
+        return report
 
 
 def _agreed(streaming: Streaming | None, team: Team) -> Streaming | None:
@@ -179,13 +254,23 @@ def prepare(ready: checks.Ready, work: Path, progress: Progress, team: Team | No
 
 
 def choose(
-    prepared: Prepared, budget: Budget, recipe: Recipe, progress: Progress, resume: SavedState | None = None
+    prepared: Prepared,
+    budget: Budget,
+    recipe: Recipe,
+    progress: Progress,
+    resume: SavedState | None = None,
+    neighbour: Neighbour | None = None,
 ) -> Chosen:
     """Search for the best assignment within a budget; simple methods' assignments take part as candidates.
 
-    For layout stock what layout mixed would start its search from is judged too, for comparison.
+    For layout stock what layout mixed would start its search from is judged too, for comparison. `rco` begins where the
+    search for the `neighbour` ended.
     """
     table, measured = prepared.model.table, (prepared.calibrated.usage, prepared.errors)
+    method = recipe.search.method
+    candidates = _candidates(prepared, budget, method, progress)
+    if neighbour is not None and method == "rco":
+        candidates |= from_neighbour(neighbour, prepared, budget)
     mixed: dict[str, Assignment] = {}
     if table.layout == "stock":
         free = replace(table, layout="mixed")
@@ -197,11 +282,19 @@ def choose(
         prepared.pools,
         (prepared.calibrated.train, prepared.calibrated.kept_out),
         recipe.search,
-        _candidates(prepared, budget, recipe.search.method, progress),
+        candidates,
         progress,
         resume,
         mixed,
+        None if neighbour is None or method != "rco" else neighbour.logits,
     )
+
+
+def from_neighbour(neighbour: Neighbour, prepared: Prepared, budget: Budget) -> dict[str, Assignment]:
+    """The neighbour's assignment, changed where the Fisher effects say that the other budget costs least."""
+    table = prepared.model.table
+    logits = start_logits(prepared.effects, Assignment(table, neighbour.choice))
+    return {f"from {neighbour.budget}": knapsack(-logits.numpy(), table, budget)}
 
 
 def _candidates(prepared: Prepared, budget: Budget, method: str, progress: Progress) -> dict[str, Assignment]:
@@ -224,14 +317,19 @@ def _candidates(prepared: Prepared, budget: Budget, method: str, progress: Progr
 
 @dataclass
 class _Clock:
-    """Passes progress on, and notes how long each stage took."""
+    """Passes progress on, with the name of the budget if it has one, and notes how long each stage took."""
 
     progress: Progress
     stages: list[tuple[str, float]] = field(default_factory=list)
+    name: str = ""
+
+    def at(self, name: str) -> _Clock:
+        """The same clock, for a stage of one of several budgets."""
+        return replace(self, name=name)
 
     @contextmanager
     def stage(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
         start = time.monotonic()
-        with self.progress.stage(title, total) as advance:
+        with self.progress.stage(f"{self.name}: {title}" if self.name else title, total) as advance:
             yield advance
         self.stages.append((title, time.monotonic() - start))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from moe_rco.ckpt.locate import fetch_model, read_config
 from moe_rco.ckpt.reader import Checkpoint
 from moe_rco.ckpt.rewrite import output_bytes
 from moe_rco.ckpt.stock import check_routers, transformers_reads
-from moe_rco.errors import ModelError, UserError
+from moe_rco.errors import BudgetError, ModelError, UserError
 from moe_rco.footprint import Footprint, Shapes, resident, streamed
 from moe_rco.quant.packing import cost_table
 from moe_rco.recipe import Recipe
@@ -34,13 +35,16 @@ _SOURCE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Sized:
-    """A recipe's model as its config.json tells it: costs of every option and the resolved budget, no weights read."""
+    """A recipe's model as its config.json tells it: costs of every option and the resolved budgets, no weights read.
+
+    `budgets` has the largest first.
+    """
 
     recipe: Recipe
     config: dict[str, Any]
     adapter: Adapter
     table: CostTable
-    budget: Budget
+    budgets: tuple[Budget, ...]
 
 
 def size(recipe: Recipe) -> Sized:
@@ -56,9 +60,19 @@ def size(recipe: Recipe) -> Sized:
     original = sum(group.numel for group in groups) * _SOURCE_BYTES[dtype]
     table = cost_table(groups, recipe.options, adapter.top_k(config), original)
     table = replace(table, layout=recipe.layout)
-    budget = recipe.budget.resolve(table)
-    check_method(recipe.search.method, table, budget)
-    return Sized(recipe, config, adapter, table, budget)
+    return Sized(recipe, config, adapter, table, _budgets(recipe, table))
+
+
+def _budgets(recipe: Recipe, table: CostTable) -> tuple[Budget, ...]:
+    budgets = sorted((spec.resolve(table) for spec in recipe.budget), key=lambda budget: -budget.bytes)
+    for larger, budget in pairwise(budgets):
+        if larger.bytes == budget.bytes:
+            raise BudgetError(
+                f"budget: {larger.text} and {budget.text} are the same {budget.bytes:,} bytes; keep one of them"
+            )
+    for budget in budgets:
+        check_method(recipe.search.method, table, budget)
+    return tuple(budgets)
 
 
 def resolve_device(recipe: Recipe) -> torch.device:
@@ -161,7 +175,7 @@ def _check_resources(sized: Sized, ready: Ready | None, overwrite: bool) -> None
 
 
 def _preflight(sized: Sized, ready: Ready | None) -> Preflight:
-    recipe, table, budget = sized.recipe, sized.table, sized.budget
+    recipe, table = sized.recipe, sized.table
     found = footprint(sized, ready)
     sequences, holdout = recipe.calibration.sequences, recipe.calibration.holdout_sequences
     if ready is not None:
@@ -190,7 +204,7 @@ def _preflight(sized: Sized, ready: Ready | None) -> Preflight:
         experts_before=table.original_bytes,
         smallest=table.range[0],
         largest=table.range[1],
-        budget=BudgetPart(text=budget.text, bytes=budget.bytes),
+        budgets=tuple(BudgetPart(text=budget.text, bytes=budget.bytes) for budget in sized.budgets),
         layout=recipe.layout,
         sequences=sequences,
         tokens=sequences * recipe.calibration.sequence_length,
@@ -214,12 +228,13 @@ def _existing(path: Path) -> Path:
 
 
 def _disk(sized: Sized, ready: Ready | None) -> int:
-    """Bytes written: every quantised option once in the store, the output, and activations for which memory is too small."""
+    """Bytes written: every quantised option once, a model for every budget, and activations for which memory is too small."""
     quantized = [index for index, option in enumerate(sized.table.options) if option.is_quantized]
     others = 0 if ready is None else output_bytes(ready.checkpoint, sized.adapter, 0)
+    outputs = sum(budget.bytes + others for budget in sized.budgets)
     streaming = footprint(sized, ready).streaming
     spilled = _shapes(sized, ready).activations if streaming is not None and streaming.spill else 0
-    return int(sized.table.costs[:, quantized].sum()) + sized.budget.bytes + others + spilled
+    return int(sized.table.costs[:, quantized].sum()) + outputs + spilled
 
 
 def footprint(sized: Sized, ready: Ready | None) -> Footprint:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, computed_field
 
 from moe_rco._version import __version__
 from moe_rco.calib.search import SEARCHES
+from moe_rco.ckpt.destination import CURVE
 from moe_rco.ckpt.shards import read_manifest
 from moe_rco.ckpt.store import listed
-from moe_rco.ckpt.workdir import SUFFIX, WorkDirectory
+from moe_rco.ckpt.workdir import SUFFIX, Part, WorkDirectory
 from moe_rco.ckpt.writer import replace_text
+from moe_rco.curve import Curve
 from moe_rco.errors import OutputError
 from moe_rco.optim.solve import BACKWARD, evolution_steps
 from moe_rco.plan import costs_digest
-from moe_rco.recipe import Recipe
+from moe_rco.recipe import Recipe, Search
 from moe_rco.report import FILE_NAME as REPORT
 from moe_rco.report import Report
 from moe_rco.types import Budget, CostTable
@@ -30,10 +34,36 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def part_names(budgets: Sequence[Budget]) -> tuple[str, ...]:
+    """What the budgets' parts of a work directory and of the output are called: a single one has no name."""
+    return ("",) if len(budgets) == 1 else tuple(budget.name for budget in budgets)
+
+
+class Effort(_Part):
+    """What the search for one budget takes at most."""
+
+    search_steps: int
+    race_passes: int
+
+    @classmethod
+    def of(cls, search: Search, table: CostTable, budget: Budget) -> Self:
+        smallest, largest = table.range
+        # Where the budget leaves no choice there is no search.
+        if search.method not in SEARCHES or not smallest < budget.bytes < largest:
+            return cls(search_steps=0, race_passes=0)
+        steps = search.search_steps
+        if search.method == "evolution":
+            steps = evolution_steps(steps, search.samples)
+        return cls(
+            search_steps=steps, race_passes=search.races * search.samples * (1 + BACKWARD) * search.batch
+        )
+
+
 class Run(_Part):
     """`run.json`: what a run is about. `recipe` and `costs` are digests, `options` those that are quantised.
 
-    `layers` are MoE layers. `search_steps` and `race_passes` (sequences run) are what the search takes at most.
+    `layers` are MoE layers. `search_steps` and `race_passes` (sequences run) are what the search takes at most for each of
+    `budgets`, the names of their parts.
     """
 
     version: str
@@ -44,30 +74,23 @@ class Run(_Part):
     seed: int
     layers: int
     options: tuple[str, ...]
-    search_steps: int
-    race_passes: int
+    budgets: dict[str, Effort]
 
     @classmethod
-    def of(cls, recipe: Recipe, table: CostTable, budget: Budget) -> Self:
-        search, (smallest, largest) = recipe.search, table.range
-        steps = passes = 0
-        # Where the budget leaves no choice there is no search.
-        if search.method in SEARCHES and smallest < budget.bytes < largest:
-            steps = search.search_steps
-            if search.method == "evolution":
-                steps = evolution_steps(steps, search.samples)
-            passes = search.races * search.samples * (1 + BACKWARD) * search.batch
+    def of(cls, recipe: Recipe, table: CostTable, budgets: Sequence[Budget]) -> Self:
         return cls(
             version=__version__,
             model=recipe.model,
             output=recipe.output,
             recipe=recipe.digest(),
             costs=costs_digest(table),
-            seed=search.seed,
+            seed=recipe.search.seed,
             layers=len(table.layers),
             options=tuple(option.name for option in table.options if option.is_quantized),
-            search_steps=steps,
-            race_passes=passes,
+            budgets={
+                name: Effort.of(recipe.search, table, budget)
+                for name, budget in zip(part_names(budgets), budgets, strict=True)
+            },
         )
 
     def save(self, work: WorkDirectory) -> None:
@@ -115,14 +138,21 @@ class Result(_Part):
 
 
 class Status(_Part):
-    """A run in `output`. `result` is what is there, which a run that is not finished is to replace."""
+    """A run in `output`. `results` is what is there, which a run that is not finished is to replace: a model for every
+    budget, the largest first. `result` is that of a single one.
+    """
 
     output: str
     state: State
     process: Process | None = None
     run: Run | None = None
     stages: tuple[Stage, ...] = ()
-    result: Result | None = None
+    results: tuple[Result, ...] = ()
+
+    @computed_field
+    @property
+    def result(self) -> Result | None:
+        return self.results[0] if len(self.results) == 1 else None
 
 
 def status(directory: str | Path) -> Status:
@@ -133,7 +163,7 @@ def status(directory: str | Path) -> Status:
     # Also "." must have a name, to which the work directory's suffix can be added.
     path = Path(os.path.abspath(directory))
     work = WorkDirectory.of(path)
-    if path.name.endswith(SUFFIX) and not (path / REPORT).exists():
+    if path.name.endswith(SUFFIX) and not any((path / name).exists() for name in (REPORT, CURVE)):
         work = WorkDirectory(path)
     output = work.output
     try:
@@ -143,7 +173,7 @@ def status(directory: str | Path) -> Status:
 
 
 def _status(output: Path, work: WorkDirectory) -> Status:
-    result = _result(output)
+    results = _results(output)
     process = work.holder()
     running, process = process is not None, process or work.last_holder()
     if running or work.interrupted:
@@ -154,10 +184,10 @@ def _status(output: Path, work: WorkDirectory) -> Status:
             process=None if process is None else Process(**vars(process)),
             run=run,
             stages=() if run is None else _stages(run, work),
-            result=result,
+            results=results,
         )
-    if result is not None:
-        return Status(output=str(output), state="finished", result=result)
+    if results:
+        return Status(output=str(output), state="finished", results=results)
     for place in (output, work.path):
         unused = place.is_dir() and {path.name for path in place.iterdir()} <= {work.lock.name}
         if place.exists() and not unused:
@@ -167,19 +197,27 @@ def _status(output: Path, work: WorkDirectory) -> Status:
     return Status(output=str(output), state="not started")
 
 
+def finished(part: Part, store: str, recipe: str) -> Report | None:
+    """The report of a part's complete model, if it has one made from this store (its fingerprint) by this recipe (its digest).
+
+    Raises PlanError where the report is damaged.
+    """
+    shards = _shards(part, store, recipe)
+    return Report.load(part.checkpoint) if shards and (part.checkpoint / REPORT).exists() else None
+
+
+def _shards(part: Part, store: str, recipe: str) -> dict[str, Any] | None:
+    """The manifest of what was written for a part; None where there is none, or one of other inputs."""
+    shards = read_manifest(part.shards)
+    return shards if shards and shards["inputs"].startswith(f"{store} {recipe} ") else None
+
+
 def _stages(run: Run, work: WorkDirectory) -> tuple[Stage, ...]:
-    """What is kept, by the files that a run would go on from."""
+    """What is kept, by the files that a run would go on from; what is done for each budget is added up."""
     store, options = listed(work.store)
-    search = work.search(store, run.recipe)
-    state = search.load() or {}
-    steps, passes = int(state.get("step", 0)), int(state.get("races.passes", 0))
-    if "races.best" in state:
-        steps = run.search_steps
-    shards = read_manifest(work.shards)
-    if shards is not None and not shards["inputs"].startswith(search.fingerprint):
-        shards = None
-    if shards is not None:
-        steps, passes = run.search_steps, run.race_passes
+    parts = [_part_done(work.part(name), store, run.recipe, effort) for name, effort in run.budgets.items()]
+    efforts = run.budgets.values()
+    steps, passes = sum(e.search_steps for e in efforts), sum(e.race_passes for e in efforts)
     stages = [
         Stage(
             name="options quantised",
@@ -192,18 +230,51 @@ def _stages(run: Run, work: WorkDirectory) -> tuple[Stage, ...]:
             total=1,
         ),
     ]
-    if run.search_steps:
-        stages.append(Stage(name="search steps", done=min(steps, run.search_steps), total=run.search_steps))
-    if run.race_passes:
-        stages.append(Stage(name="race passes", done=min(passes, run.race_passes), total=run.race_passes))
-    done, total = (0, 0) if shards is None else (len(shards["shards"]), shards["total"])
-    return (*stages, Stage(name="shards written", done=done, total=total))
+    if steps:
+        stages.append(Stage(name="search steps", done=sum(part.steps for part in parts), total=steps))
+    if passes:
+        stages.append(Stage(name="race passes", done=sum(part.passes for part in parts), total=passes))
+    written = Stage(
+        name="shards written",
+        done=sum(part.shards for part in parts),
+        total=sum(part.total for part in parts),
+    )
+    if len(parts) == 1:
+        return (*stages, written)
+    complete = sum(finished(work.part(name), store, run.recipe) is not None for name in run.budgets)
+    return (*stages, written, Stage(name="budgets finished", done=complete, total=len(parts)))
 
 
-def _result(output: Path) -> Result | None:
-    if not (output / REPORT).is_file():
-        return None
-    report = Report.load(output)
+@dataclass(frozen=True)
+class _Done:
+    """Of one budget: steps, passes and shards, and how many shards there are once that is known."""
+
+    steps: int
+    passes: int
+    shards: int = 0
+    total: int = 0
+
+
+def _part_done(part: Part, store: str, recipe: str, effort: Effort) -> _Done:
+    shards = _shards(part, store, recipe)
+    if shards is not None:
+        return _Done(effort.search_steps, effort.race_passes, len(shards["shards"]), shards["total"])
+    state = part.search(store, recipe).load() or {}
+    steps = effort.search_steps if "races.best" in state else int(state.get("step", 0))
+    passes = int(state.get("races.passes", 0))
+    return _Done(min(steps, effort.search_steps), min(passes, effort.race_passes))
+
+
+def _results(output: Path) -> tuple[Result, ...]:
+    """Of every model in an output, the largest first."""
+    if (output / REPORT).is_file():
+        return (_result(Report.load(output)),)
+    if not (output / CURVE).is_file():
+        return ()
+    return tuple(_result(Report.load(output / point.directory)) for point in Curve.load(output).points)
+
+
+def _result(report: Report) -> Result:
     return Result(
         model=report.model,
         budget=report.budget.text,

@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -18,7 +18,9 @@ from pydantic import (
     Field,
     PlainSerializer,
     PlainValidator,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    WrapSerializer,
     model_validator,
 )
 
@@ -56,6 +58,16 @@ def _sources(value: object) -> object:
     if not isinstance(listed, tuple):
         return listed
     return tuple({"data": item} if isinstance(item, str) else item for item in listed)
+
+
+def _budgets(value: object) -> object:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _one_or_list(value: object, serialize: SerializerFunctionWrapHandler) -> Any:
+    """A single budget is written without the list."""
+    written = serialize(value)
+    return written[0] if len(written) == 1 else written
 
 
 def _version(value: object) -> object:
@@ -171,7 +183,10 @@ class Execution(_Section):
 
 
 class Recipe(_Section):
-    """One run: which model, which options, how many bytes, on which text, written where."""
+    """One run: which model, which options, how many bytes, on which text, written where.
+
+    `budget` is one, or a list of several: each gives a model of its own.
+    """
 
     version: Annotated[Literal[1], BeforeValidator(_version)]
     model: str = Field(min_length=1)
@@ -181,7 +196,12 @@ class Recipe(_Section):
         BeforeValidator(_tuple),
         Field(min_length=1),
     ]
-    budget: BudgetSpec
+    budget: Annotated[
+        tuple[BudgetSpec, ...],
+        BeforeValidator(_budgets),
+        Field(min_length=1),
+        WrapSerializer(_one_or_list),
+    ]
     layout: Layout = "mixed"
     experimental: bool = False
     quantizer: Annotated[Quantizer, BeforeValidator(_or_defaults)] = Quantizer()
@@ -200,6 +220,9 @@ class Recipe(_Section):
             raise MisplacedError(
                 ("options",), "at least one option must keep an expert, such as int4-g64 or bf16"
             )
+        for index, budget in enumerate(self.budget):
+            if budget in self.budget[:index]:
+                raise MisplacedError(("budget", index), f"{budget.text} is listed twice; keep one of them")
         low = [option.name for option in self.options if option.bits in (2, 3)]
         if low and self.layout == "stock":
             raise MisplacedError(

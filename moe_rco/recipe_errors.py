@@ -41,10 +41,10 @@ def _path(detail: ErrorDetails, data: Any) -> Path:
     if isinstance(cause, MisplacedError):
         return cause.path
     path = list(detail["loc"])
-    # A text in place of a list of sources was wrapped into one; what was written has no index.
+    # One value in place of a list was wrapped into one; what was written has no index.
     for depth, part in enumerate(path):
         if isinstance(part, int) and not isinstance(data, list):
-            return tuple(path[:depth])
+            return tuple(path[:depth] + (path[depth + 1 :] if isinstance(data, dict) else []))
         data = data.get(part) if isinstance(data, dict) else data[part] if isinstance(part, int) else None
     return tuple(path)
 

@@ -264,7 +264,7 @@ class OptionCost(_Part):
 
 
 class Preflight(_Part):
-    """What `--dry-run` prints: everything known before any work. Sizes in bytes.
+    """What `--dry-run` prints: everything known before any work. Sizes in bytes, the largest budget first.
 
     `smallest` and `largest` bound what the options can cost; `memory` and `device_memory` estimate the run's peaks; `streamed`
     tells that weights are read from disk as they are needed.
@@ -280,7 +280,7 @@ class Preflight(_Part):
     experts_before: int
     smallest: int
     largest: int
-    budget: BudgetPart
+    budgets: tuple[BudgetPart, ...]
     sequences: int
     tokens: int
     holdout_sequences: int

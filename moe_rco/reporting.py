@@ -30,13 +30,14 @@ from moe_rco.report import (
     Stage,
     StockPart,
 )
-from moe_rco.types import CostTable
+from moe_rco.types import Budget, CostTable
 
 PACKAGES = ("torch", "transformers", "compressed-tensors", "safetensors", "numpy")
 
 
 def build_report(
     sized: Sized,
+    budget: Budget,
     model_digest: str,
     store: Store,
     chosen: Chosen,
@@ -46,8 +47,8 @@ def build_report(
     stages: Sequence[tuple[str, float]],
     output: Path,
 ) -> Report:
-    """Everything a user or a later program wants to know about the run, in one value."""
-    recipe, table, budget = sized.recipe, sized.table, sized.budget
+    """Everything a user or a later program wants to know about the run for one budget, in one value."""
+    recipe, table = sized.recipe, sized.table
     assignment = chosen.best.assignment
     slack = budget.bytes - written.expert_bytes
     return Report(

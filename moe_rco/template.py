@@ -27,6 +27,7 @@ options: [{options}]
 #   {{ratio: 0.35}}     a fraction of what they take now: {example_bytes}
 #   {{bytes: {example_size}}}
 #   {{avg_bits: 4.25}}  bits per original expert weight, scales included
+# 35% and {example_size} are short for the first two. A list, as in [50%, 35%, 25%], gives a model each in one run.
 budget: {{ratio: 0.35}}
 
 # mixed: every expert has its own precision.

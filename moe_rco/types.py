@@ -172,10 +172,11 @@ class CostTable:
 
 @dataclass(frozen=True)
 class Budget:
-    """The resolved budget. `text` is how the recipe put it, for messages and reports only."""
+    """The resolved budget. `text` is how the recipe put it, for messages and reports only; `name` is fit for a file."""
 
     bytes: int
     text: str
+    name: str = ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ _UNITS = {"": 1, "B": 1} | {
     for suffix, base in (("B", 1000), ("iB", 1024))
     for power, prefix in enumerate("KMGT", start=1)
 }
+_QUARTERS = ("", ".25", ".5", ".75")
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)")
 
 
@@ -41,6 +42,17 @@ def format_size(size: int) -> str:
         value, unit = value / 1024, larger
     sign = "-" if size < 0 else ""
     return f"{sign}{int(value)} B" if unit == "B" else f"{sign}{value:.2f} {unit}"
+
+
+def exact_size(size: int) -> str:
+    """`12582912` as `12MiB`, `20000000000` as `20GB`: nothing is rounded, and `parse_size` reads it back.
+
+    In the largest unit of which it is a whole number of quarters.
+    """
+    for unit, scale in sorted(_UNITS.items(), key=lambda item: -item[1]):
+        if size >= scale and 4 * size % scale == 0:
+            return f"{size // scale}{_QUARTERS[4 * (size % scale) // scale]}{unit or 'B'}"
+    return f"{size}B"
 
 
 def format_duration(seconds: float) -> str:

@@ -104,3 +104,23 @@ def test_without_prune_the_floor_is_not_mentioned() -> None:
 )
 def test_text(spec: dict[str, object], text: str) -> None:
     assert BudgetSpec.model_validate(spec).text == text
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        ("50%", "50pct"),
+        ("12.5%", "12.5pct"),
+        ({"ratio": 1e-5}, "0.001pct"),
+        ({"ratio": 1.0}, "100pct"),
+        ({"avg_bits": 4.25}, "4.25bit"),
+        ("20GiB", "20GiB"),
+        ("20GB", "20GB"),
+        ("1.5MiB", "1.5MiB"),
+        ({"bytes": 12 * 2**20 + 1}, "12582913B"),
+        ({"bytes": 1}, "1B"),
+    ],
+)
+def test_name(spec: object, name: str) -> None:
+    assert BudgetSpec.model_validate(spec).name == name
+    assert BudgetSpec.model_validate({"ratio": 0.25}).resolve(table()).name == "25pct"

@@ -84,6 +84,7 @@ def test_validate(recipe_file: Path) -> None:
         f"{recipe_file}: valid. demo, options prune, int4-g64, int8-g64, bf16, budget ratio 0.25.\n"
     )
     assert "budget 12.00 MiB" in run("validate", "demo", "--set", "budget.bytes=12MiB").output
+    assert "budgets ratio 0.5, 2.00 MiB" in run("validate", "demo", "--set", "budget=[50%, 2MiB]").output
 
 
 @pytest.mark.parametrize("name", sorted(recipe.shipped()))
@@ -144,7 +145,9 @@ def test_prune_passes_on_what_was_asked(recipe_file: Path, monkeypatch: pytest.M
     shown: list[str] = []
     fake = SimpleNamespace(
         preflight=lambda loaded, *, overwrite: calls.append(("preflight", loaded, overwrite)) or "preflight",
-        prune=lambda loaded, *, progress, overwrite: calls.append(("prune", loaded, overwrite)) or "report",
+        prune_all=lambda loaded, *, progress, overwrite: (
+            calls.append(("prune", loaded, overwrite)) or ("report",)
+        ),
     )
     monkeypatch.setitem(sys.modules, "moe_rco.pipeline", fake)
     monkeypatch.setattr("moe_rco.pipeline", fake, raising=False)

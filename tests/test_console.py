@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from moe_rco import console
+from moe_rco.curve import Curve
 from moe_rco.heatmap import legend
 from moe_rco.progress import Status
 from moe_rco.report import Preflight
@@ -126,7 +127,7 @@ def preflight(**changes: object) -> Preflight:
         "experts_before": 9_437_184,
         "smallest": 300_000,
         "largest": 9_437_184,
-        "budget": {"text": "ratio 0.25", "bytes": 2_359_296},
+        "budgets": [{"text": "ratio 0.25", "bytes": 2_359_296}],
         "sequences": 640,
         "tokens": 163_840,
         "holdout_sequences": 128,
@@ -203,6 +204,16 @@ def test_progress_stages_nest_may_be_empty_and_survive_errors(color: bool) -> No
     assert "failing: done" not in text
 
 
+def test_the_curve_has_a_line_for_every_budget() -> None:
+    target = screen()
+    console.show_curve(Curve.of(("25pct", "[x]"), (report(), report(kl=0.5))), "out/[many]", target)
+    text = shown(target)
+    assert re.search(r"25pct +999,000 +25.0% +1,499,000 +2.0625 +0.06250 +0.00070", text)
+    assert re.search(r"\[x\] +999,000 +25.0% +1,499,000 +2.0625 +0.50000", text)
+    assert "Loss of the original: 2.0000" in text
+    assert "out/[many]" in text
+
+
 def test_status_shows_what_is_kept_and_what_was_there() -> None:
     target = screen()
     found = Status.model_validate(
@@ -214,15 +225,17 @@ def test_status_shows_what_is_kept_and_what_was_there() -> None:
                 {"name": "race passes", "done": 1200, "total": 3840},
                 {"name": "shards written", "done": 0, "total": 0},
             ],
-            "result": {
-                "model": "demo",
-                "budget": "ratio 0.25",
-                "budget_bytes": 1_000_000,
-                "expert_bytes": 999_000,
-                "total_bytes": 1_499_000,
-                "kl": 0.0625,
-                "kl_stderr": 0.001,
-            },
+            "results": [
+                {
+                    "model": "demo",
+                    "budget": "ratio 0.25",
+                    "budget_bytes": 1_000_000,
+                    "expert_bytes": 999_000,
+                    "total_bytes": 1_499_000,
+                    "kl": 0.0625,
+                    "kl_stderr": 0.001,
+                }
+            ],
         }
     )
     console.show_status(found, target)

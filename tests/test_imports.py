@@ -30,6 +30,8 @@ ROOMS = (
     "baselines",
     "serve",
     "report",
+    "curve_picture",
+    "curve",
     "progress",
     "scoring",
     "footprint",

@@ -15,9 +15,10 @@ from moe_rco import progress
 from moe_rco.ckpt.shards import ShardManifest
 from moe_rco.ckpt.store import Store
 from moe_rco.ckpt.workdir import WorkDirectory
+from moe_rco.curve import Curve
 from moe_rco.errors import OutputError, PlanError
 from moe_rco.pipeline import prune
-from moe_rco.progress import Run, status
+from moe_rco.progress import Effort, Run, status
 from moe_rco.recipe import load
 from moe_rco.types import Option
 from tests.reports import report
@@ -31,8 +32,7 @@ RUN = Run(
     seed=0,
     layers=3,
     options=("int4-g64", "int8-g64"),
-    search_steps=40,
-    race_passes=960,
+    budgets={"": Effort(search_steps=40, race_passes=960)},
 )
 
 
@@ -72,7 +72,7 @@ def test_the_stages_one_after_the_other(work: WorkDirectory) -> None:
     expected["effects measured"] = (1, 1)
     assert stages(work) == expected
 
-    search = work.search("f", "r")
+    search = work.part().search("f", "r")
     search.save({"step": 30})
     expected["search steps"] = (30, 40)
     assert stages(work) == expected
@@ -81,7 +81,7 @@ def test_the_stages_one_after_the_other(work: WorkDirectory) -> None:
     expected |= {"search steps": (40, 40), "race passes": (96, 960)}
     assert stages(work) == expected
 
-    manifest = ShardManifest(work.shards, "f r more")
+    manifest = ShardManifest(work.part().shards, "f r more")
     manifest.begin(5)
     manifest.add("model-00001-of-00005.safetensors", "0")
     expected |= {"race passes": (960, 960), "shards written": (1, 5)}
@@ -91,8 +91,8 @@ def test_the_stages_one_after_the_other(work: WorkDirectory) -> None:
 def test_what_belongs_to_another_recipe_does_not_count(work: WorkDirectory) -> None:
     Store(work.store, "f")
     work.measured("f", "other", 0).save({"effects": torch.zeros(1)})
-    work.search("f", "other").save({"step": 30})
-    ShardManifest(work.shards, "f other more").begin(5)
+    work.part().search("f", "other").save({"step": 30})
+    ShardManifest(work.part().shards, "f other more").begin(5)
     assert {done for done, _ in stages(work).values()} == {0}
 
 
@@ -204,7 +204,39 @@ def test_the_totals_are_those_of_the_run(
     totals = Totals()
     prune(load("demo", settings), progress=totals)
     (run,) = noted
-    assert run.search_steps == totals.seen.get("search", 0)
-    assert run.race_passes == totals.seen.get("refine by races", 0)
+    (effort,) = run.budgets.values()
+    assert effort.search_steps == totals.seen.get("search", 0)
+    assert effort.race_passes == totals.seen.get("refine by races", 0)
     assert run.layers == 4
     assert run.options == ("int4-g64",)
+
+
+def test_several_budgets_are_added_up(work: WorkDirectory) -> None:
+    efforts = {
+        "50pct": Effort(search_steps=40, race_passes=960),
+        "25pct": Effort(search_steps=40, race_passes=0),
+    }
+    RUN.model_copy(update={"budgets": efforts}).save(work)
+    Store(work.store, "f")
+    first, second = work.part("50pct"), work.part("25pct")
+    for part in (first, second):
+        part.directory.mkdir()
+        part.checkpoint.mkdir(parents=True)
+    ShardManifest(first.shards, "f r more").begin(3)
+    second.search("f", "r").save({"step": 30})
+    assert stages(work)["search steps"] == (70, 80)
+    assert stages(work)["race passes"] == (960, 960)
+    assert stages(work)["shards written"] == (0, 3)
+    assert stages(work)["budgets finished"] == (0, 2)
+    report().save(first.checkpoint)
+    report().save(second.checkpoint)  # of another recipe: there is no manifest
+    assert stages(work)["budgets finished"] == (1, 2)
+
+
+def test_a_finished_curve(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        report().save(tmp_path / name)
+    Curve.of(("a", "b"), (report(), report())).save(tmp_path)
+    found = status(tmp_path)
+    assert (found.state, found.result, len(found.results)) == ("finished", None, 2)

@@ -27,7 +27,7 @@ def message(text: str, overrides: tuple[str, ...] = ()) -> str:
 def test_minimal_recipe_and_its_defaults() -> None:
     recipe = parse(MINIMAL)
     assert recipe.options == (PRUNE, Option(4, 64), Option(8, 64), BF16)
-    assert recipe.budget.ratio == 0.25
+    assert [budget.ratio for budget in recipe.budget] == [0.25]
     assert [(source.data, source.weight) for source in recipe.calibration.data] == [("demo", 1.0)]
     assert recipe.search.method == "rco"
     assert recipe.layout == "mixed"
@@ -70,8 +70,23 @@ REFUSED = [
     ),
     ("{ratio: 0.25}", "{}", ["r.yaml:4: budget: no budget given", "bytes", "ratio", "avg_bits"]),
     ("{ratio: 0.25}", "", ["r.yaml:4: budget: no budget given"]),
-    ("{ratio: 0.25}", "12MiB", ["r.yaml:4: budget: say what 12MiB counts"]),
-    ("{ratio: 0.25}", "[{ratio: 0.2}, {ratio: 0.3}]", ["a list of budgets is not available in this version"]),
+    ("{ratio: 0.25}", "12", ["r.yaml:4: budget: say what 12 counts"]),
+    ("{ratio: 0.25}", "'12'", ["r.yaml:4: budget: say what 12 counts"]),
+    ("{ratio: 0.25}", "0.25", ["r.yaml:4: budget: say what 0.25 counts"]),
+    ("{ratio: 0.25}", "lots", ["r.yaml:4: budget: say what lots counts"]),
+    ("{ratio: 0.25}", "12Mob", ["r.yaml:4: budget: say what 12Mob counts"]),
+    ("{ratio: 0.25}", "0%", ["r.yaml:4: budget: a budget in % must be greater than 0%", "not 0%"]),
+    ("{ratio: 0.25}", "135%", ["r.yaml:4: budget: a budget in %", "at most 100%, not 135%"]),
+    ("{ratio: 0.25}", "[]", ["r.yaml:4: budget: must not be empty"]),
+    ("{ratio: 0.25}", "[50%,\n  0.3]", ["r.yaml:5: budget.1: say what 0.3 counts"]),
+    (
+        "{ratio: 0.25}",
+        "[50%,\n  {ratoi: 0.3}]",
+        ["r.yaml:5: budget.1.ratoi: unknown key; did you mean 'ratio'?"],
+    ),
+    ("{ratio: 0.25}", "[50%,\n  {ratio: 0.5}]", ["r.yaml:5: budget.1: ratio 0.5 is listed twice"]),
+    ("{ratio: 0.25}", "[50%, [35%]]", ["budget.1: a list within the list of budgets"]),
+    ("{ratio: 0.25}", "[50%, ]\nlayout: x", ["layout: must be"]),
     ("{ratio: 0.25}", "{fit: {gpu: 24GiB}}", ["'fit' is not available in this version"]),
     ("ratio: 0.25", "ratio: 0", ["budget.ratio: must be greater than 0, not 0"]),
     ("ratio: 0.25", "ratio: -0.25", ["budget.ratio: must be greater than 0, not -0.25"]),
@@ -195,8 +210,7 @@ def test_overrides_change_any_key() -> None:
     )
     recipe = parse(MINIMAL, "r.yaml", overrides)
     assert recipe.search.steps == 7
-    assert recipe.budget.bytes == 12 * 2**20
-    assert recipe.budget.ratio is None
+    assert [(budget.bytes, budget.ratio) for budget in recipe.budget] == [(12 * 2**20, None)]
     assert recipe.options == (PRUNE, BF16)
     assert [source.data for source in recipe.calibration.data] == ["a.txt", "b.txt"]
 
@@ -227,6 +241,33 @@ def test_two_budget_forms_among_the_overrides_are_a_contradiction() -> None:
     assert line.startswith("--set budget.ratio=0.3: budget: two budget forms, 'bytes' and 'ratio'")
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("35%", "{ratio: 0.35}"),
+        ("' 7.5 % '", "{ratio: 0.075}"),
+        ("20GiB", "{bytes: 21474836480}"),
+        ("1.5 GB", "{bytes: 1500000000}"),
+        ("[50%, 12MiB, {avg_bits: 4.25}]", "[{ratio: 0.5}, {bytes: 12582912}, {avg_bits: 4.25}]"),
+        ("[50%]", "{ratio: 0.5}"),
+    ],
+)
+def test_short_budgets_and_lists(written: str, meant: str) -> None:
+    recipe = parse(MINIMAL.replace("{ratio: 0.25}", written))
+    assert recipe == parse(MINIMAL, overrides=[f"budget={meant}"]) == parse(recipe.to_yaml())
+    assert recipe == parse(MINIMAL, overrides=[f"budget={written}"])
+    assert recipe.digest() == parse(recipe.to_yaml()).digest() != parse(MINIMAL).digest()
+
+
+@pytest.mark.parametrize("budget", ["35%", "[50%, 35%]", "{ratio: 0.35}"])
+def test_a_form_as_override_replaces_any_budget(budget: str) -> None:
+    changed = parse(MINIMAL.replace("{ratio: 0.25}", budget), overrides=["budget.bytes=12MiB"])
+    assert [one.bytes for one in changed.budget] == [12 * 2**20]
+    assert "--set budget.bytes=0: budget.bytes: a size must be" in message(
+        MINIMAL.replace("{ratio: 0.25}", budget), ("budget.bytes=0",)
+    )
+
+
 def test_no_such_recipe_lists_the_shipped_ones(tmp_path: Path) -> None:
     with pytest.raises(
         RecipeError, match=r"no such recipe file; did you mean 'qwen-moe'\?.*demo, mixtral, qwen-moe"
@@ -242,6 +283,8 @@ def test_no_such_recipe_lists_the_shipped_ones(tmp_path: Path) -> None:
 
 def test_digest_covers_what_decides_the_result_and_nothing_else() -> None:
     base = parse(MINIMAL)
+    # Work directories of interrupted runs depend on it.
+    assert base.digest() == "e559d8d688967cff4877f1b0118b67727c4b7414f6b6a777a295d6993775c492"
     assert parse(MINIMAL + "# a comment\n").digest() == base.digest()
     assert parse(MINIMAL + "search: {steps: 300}\n").digest() == base.digest()
     assert parse(MINIMAL, overrides=["output=elsewhere"]).digest() == base.digest()

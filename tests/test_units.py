@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe_rco.units import format_duration, format_size, parse_size
+from moe_rco.units import exact_size, format_duration, format_size, parse_size
 
 
 @pytest.mark.parametrize(
@@ -81,3 +81,21 @@ def test_format_size(size: int, text: str) -> None:
 )
 def test_format_duration(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (1, "1B"),
+        (5000, "5KB"),
+        (5001, "5001B"),
+        (4097, "4097B"),
+        (12 * 2**20, "12MiB"),
+        (3 * 2**29, "1.5GiB"),
+        (20 * 10**9, "20GB"),
+        (2**60, "1048576TiB"),
+    ],
+)
+def test_exact(size: int, text: str) -> None:
+    assert exact_size(size) == text
+    assert parse_size(text) == size

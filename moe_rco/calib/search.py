@@ -81,13 +81,15 @@ class Candidate:
 class Chosen:
     """The best candidate, all of them (best first), and the history of the search.
 
-    `mixed` is the best of the assignments that were only to be compared with; None where there were none.
+    `mixed` is the best of the assignments that were only to be compared with; None where there were none. `logits` [N, K]
+    are those that the search ended with, None where it has none.
     """
 
     best: Candidate
     candidates: tuple[Candidate, ...]
     history: tuple[StepRecord, ...]
     mixed: Candidate | None = None
+    logits: torch.Tensor | None = None
 
 
 def find(
@@ -101,32 +103,35 @@ def find(
     progress: Progress,
     resume: Resume | None = None,
     mixed: Mapping[str, Assignment] | None = None,
+    logits: torch.Tensor | None = None,
 ) -> Chosen:
     """The best assignment found on the kept-out sequences by the recipe's method, which starts from the best candidate.
 
     With `rco` the first candidate stays unless another is clearly better; what has won its races on the calibration text
     already has only to be better. A method that does not search has its own
     assignments as candidates. `mixed` are assignments outside the table's layout, judged on the same text to tell what
-    the layout costs.
+    the layout costs. `logits` [N, K] are where the search begins, in place of those of the best candidate.
     """
     judge = KeptOut(model, pools[1], references[1])
-    job = _Job(model, budget, q, pools, references, search, judge, progress, resume)
+    job = _Job(model, budget, q, pools, references, search, judge, progress, resume, logits)
     tried = [Candidate(name, assignment, judge(assignment.choice)) for name, assignment in candidates.items()]
     best, rival = tried[0], min(tried, key=lambda candidate: candidate.kl)
     if job.prefers(rival, best):
         best = rival
     history: tuple[StepRecord, ...] = ()
+    final = None
     smallest, largest = model.table.range
     # Where the budget leaves no choice there is nothing to search.
     if search.method in SEARCHES and smallest < budget.bytes < largest:
-        for found, records in job.results(best, rival):
+        for found, records, ended in job.results(best, rival):
             tried.append(found)
             history += records
+            final = final if ended is None else ended
             if job.prefers(found, best):
                 best = found
     others = [Candidate(name, other, judge(other.choice)) for name, other in (mixed or {}).items()]
     compared = min(others, key=lambda candidate: candidate.kl, default=None)
-    return Chosen(best, tuple(sorted(tried, key=lambda candidate: candidate.kl)), history, compared)
+    return Chosen(best, tuple(sorted(tried, key=lambda candidate: candidate.kl)), history, compared, final)
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,7 @@ class _Job:
     judge: KeptOut
     progress: Progress
     resume: Resume | None
+    logits: torch.Tensor | None
 
     def prefers(self, candidate: Candidate, best: Candidate) -> bool:
         """Whether a candidate is to take the best one's place."""
@@ -153,24 +159,29 @@ class _Job:
 
     def results(
         self, best: Candidate, lowest: Candidate
-    ) -> Iterator[tuple[Candidate, tuple[StepRecord, ...]]]:
-        """What the recipe's method finds from the lowest KL; then, with `rco`, what races make of it and the best."""
+    ) -> Iterator[tuple[Candidate, tuple[StepRecord, ...], torch.Tensor | None]]:
+        """What the recipe's method finds from the lowest KL; then, with `rco`, what races make of it and the best.
+
+        With each its history and the logits it ended with, None where it has none.
+        """
         search, state = self.search, (self.resume.load() if self.resume else None) or {}
         first, history = dict[str, torch.Tensor](), tuple[StepRecord, ...]()
         challengers = [lowest.assignment.choice]
         if search.search_steps:
             if "found" in state:
                 choice, history = state["found"].numpy(), tuple(unpack_history(state["found.history"]))
+                logits = state["found.logits"]
             else:
                 result = self._searched(lowest, state)
-                choice, history = result.choice, result.history
+                choice, history, logits = result.choice, result.history, result.logits
             first = {"found": torch.from_numpy(choice), "found.history": pack_history(history)}
+            first["found.logits"] = logits
             challengers.append(choice)
-            yield self._candidate(search.method, choice), history
+            yield self._candidate(search.method, choice), history, logits if logits.numel() else None
         if search.races:
             result = self._refined(best.assignment.choice, challengers, state, first)
             later = (replace(record, step=len(history) + record.step) for record in result.history)
-            yield self._candidate(REFINED, result.choice), tuple(later)
+            yield self._candidate(REFINED, result.choice), tuple(later), None
 
     def _candidate(self, name: str, choice: np.ndarray) -> Candidate:
         return Candidate(name, Assignment(self.model.table, choice), self.judge(choice))
@@ -201,7 +212,9 @@ class _Job:
             else:
                 shared |= {"lr": search.learning_rate, "tau": (search.tau_start, search.tau_end)}
                 shared |= {
-                    "init_logits": start_logits(self.q, start.assignment),
+                    "init_logits": start_logits(self.q, start.assignment)
+                    if self.logits is None
+                    else self.logits,
                     "weight": search.penalty * start.kl,
                 }
             costs = torch.from_numpy(table.costs)

@@ -18,6 +18,8 @@ from moe_rco.units import format_size
 
 # File systems need some room beside the files' bytes: directories, metadata, the report.
 MARGIN_BYTES = 16 << 20
+CURVE, CURVE_PICTURE = "curve.json", "curve.svg"
+"""Beside the models in the output of several budgets."""
 
 
 def check_destination(
@@ -135,7 +137,9 @@ def _aside(destination: Path) -> Path:
 
 def _sync_files(directory: Path) -> None:
     for path in directory.iterdir():
-        if path.is_file():
+        if path.is_dir():
+            _sync_files(path)
+        elif path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     sync_directory(directory)
@@ -148,7 +152,7 @@ def _check_replaceable(destination: Path) -> None:
             f"output {destination} is not a directory, so it is not overwritten; name another one"
         )
     names = {path.name for path in destination.iterdir()}
-    if names and not ({CONFIG, FILE_NAME} <= names and _is_ours(destination)):
+    if names and not (_is_ours(destination) or _is_ours_of_several(destination)):
         raise OutputError(
             f"output {destination} was not written by moe-rco, so it is not overwritten; "
             "name another one or empty it"
@@ -161,12 +165,20 @@ def _check_replaceable(destination: Path) -> None:
 
 def _is_ours(directory: Path) -> bool:
     """By the method that only we write or, for the stock layout, which has none of ours, by its plan."""
+    if not all((directory / name).is_file() for name in (CONFIG, FILE_NAME)):
+        return False
     if _quant_method(directory / CONFIG) == METHOD:
         return True
     try:
         return Plan.load(directory).layout == "stock"
     except PlanError:
         return False
+
+
+def _is_ours_of_several(directory: Path) -> bool:
+    """Whether it has the curve and nothing beside its picture but models that we wrote."""
+    others = [path for path in directory.iterdir() if path.name not in (CURVE, CURVE_PICTURE)]
+    return (directory / CURVE).is_file() and all(_is_ours(path) for path in others)
 
 
 def _quant_method(config: Path) -> object:

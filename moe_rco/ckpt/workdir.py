@@ -9,7 +9,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,6 +34,27 @@ class Holder:
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, since {self.started}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One budget's files in a work directory: its own `directory`, and its model, `checkpoint`, while that is made."""
+
+    directory: Path
+    checkpoint: Path
+
+    def search(self, store: str, recipe: str) -> SavedState:
+        """Where the search is. It depends on a store (its fingerprint) and a recipe (its digest)."""
+        return SavedState(self.directory / "search.safetensors", f"{store} {recipe}")
+
+    def found(self, store: str, recipe: str) -> SavedState:
+        """What the search has found, for the next budget to start from."""
+        return SavedState(self.directory / "found.safetensors", f"{store} {recipe}")
+
+    @property
+    def shards(self) -> Path:
+        """Which shards of `checkpoint` are complete (`ShardManifest`)."""
+        return self.directory / "shards.json"
 
 
 @dataclass(frozen=True)
@@ -62,19 +83,14 @@ class WorkDirectory:
         """What every option would do. It depends on a store (its fingerprint), a cost table (its digest) and a seed."""
         return SavedState(self.path / "measured.safetensors", f"{store} {costs} {seed}")
 
-    def search(self, store: str, recipe: str) -> SavedState:
-        """Where the search is. It depends on a store (its fingerprint) and a recipe (its digest)."""
-        return SavedState(self.path / "search.safetensors", f"{store} {recipe}")
-
     @property
     def checkpoint(self) -> Path:
         """The output while it is written and checked."""
         return self.path / "checkpoint"
 
-    @property
-    def shards(self) -> Path:
-        """Which shards of `checkpoint` are complete (`ShardManifest`)."""
-        return self.path / "shards.json"
+    def part(self, name: str = "") -> Part:
+        """What belongs to one budget of several; without a name, to the only one."""
+        return Part(self.path / name, self.checkpoint / name)
 
     @property
     def run(self) -> Path:
@@ -98,6 +114,14 @@ class WorkDirectory:
     def interrupted(self) -> bool:
         """Whether something is kept here that a run would go on from. Meaningful while no run holds the lock."""
         return self.lock.exists() and not self.published and any(p != self.lock for p in self.path.iterdir())
+
+    def keep_parts(self, names: Collection[str]) -> None:
+        """Remove from `checkpoint` what belongs to none of the named parts: a run of other budgets left it."""
+        for path in self.checkpoint.iterdir() if self.checkpoint.is_dir() else ():
+            if path.is_dir() and path.name not in names:
+                shutil.rmtree(path)
+            elif path.is_file() and "" not in names:
+                path.unlink()
 
     def will_publish(self) -> None:
         """Note that `checkpoint` is finished: should it be gone, it is because it is in its place."""

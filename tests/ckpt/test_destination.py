@@ -78,3 +78,33 @@ def test_what_an_interrupted_run_has_written_counts_as_room(
     store.mkdir(parents=True)
     (store / "layer").write_bytes(bytes(500))
     check_destination(tmp_path / "out", needed_bytes=1500)
+
+
+def several(path: Path) -> Path:
+    """An output of several budgets."""
+    path.mkdir()
+    for name in ("50pct", "25pct"):
+        written(path / name, name)
+    (path / "curve.json").write_text("{}")
+    (path / "curve.svg").write_text("<svg/>")
+    return path
+
+
+def test_an_output_of_several_budgets_is_ours_to_replace(tmp_path: Path) -> None:
+    publish(several(tmp_path / "partial"), several(tmp_path / "out"), overwrite=True)
+    assert (tmp_path / "out" / "50pct" / "weights").read_text() == "50pct"
+
+
+@pytest.mark.parametrize(
+    "foreign", ["thesis.tex", "50pct/../own/thesis.tex", "-curve.json", "-25pct/plan.json"]
+)
+def test_one_with_something_else_in_it_is_not(tmp_path: Path, foreign: str) -> None:
+    out = several(tmp_path / "out")
+    if foreign.startswith("-"):
+        (out / foreign[1:]).unlink()
+    else:
+        path = Path(os.path.normpath(out / foreign))
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("x")
+    with pytest.raises(OutputError, match="was not written by moe-rco"):
+        check_destination(out, overwrite=True)

@@ -289,7 +289,7 @@ def finish(job: Job, out: Path, overwrite: bool) -> None:
     with work.locked():
         recover(out)
         check_destination(out, overwrite=overwrite)
-        job.write(work.checkpoint, shard_bytes=300_000, manifest=work.shards)
+        job.write(work.checkpoint, shard_bytes=300_000, manifest=work.part("").shards)
         work.will_publish()
         publish(work.checkpoint, out, overwrite=overwrite)
         work.clear()

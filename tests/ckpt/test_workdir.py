@@ -202,5 +202,20 @@ def test_held_bytes(work: WorkDirectory) -> None:
     assert work.held_bytes() == 0
     work.store.mkdir(parents=True)
     (work.store / "a").write_bytes(bytes(100))
-    work.shards.write_bytes(bytes(11))
+    work.part().shards.write_bytes(bytes(11))
     assert work.held_bytes() == 111
+
+
+def test_parts_of_other_budgets_are_not_kept(work: WorkDirectory) -> None:
+    work.keep_parts(("",))
+    for name in ("", "50pct", "25pct"):
+        work.part(name).checkpoint.mkdir(parents=True, exist_ok=True)
+        (work.part(name).checkpoint / "config.json").write_text(name)
+    work.keep_parts(("50pct", "35pct"))
+    assert {path.name for path in work.checkpoint.iterdir()} == {"50pct"}
+    (work.checkpoint / "config.json").write_text("")
+    work.keep_parts(("",))
+    assert {path.name for path in work.checkpoint.iterdir()} == {"config.json"}
+    names = ("50pct", "25pct", "")
+    assert len({work.part(name).search("s", "r").path for name in names}) == 3
+    assert work.part().search("s", "r").path == work.path / "search.safetensors"

@@ -132,7 +132,7 @@ def searched(stage: str) -> Count:
 
 
 def shards(work: WorkDirectory) -> int:
-    return len((read_manifest(work.shards) or {"shards": ()})["shards"])
+    return len((read_manifest(work.part().shards) or {"shards": ()})["shards"])
 
 
 def reloading(work: WorkDirectory) -> int:
