@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.prepared import MODELS, recipe_of, store_directory, subject
-from moe_rco.preflight import size
+from moe_rco.job import size
 
 INTRODUCTION = """# GPTQ against round-to-nearest
 

@@ -12,8 +12,8 @@ from moe_rco import recipe as recipes
 from moe_rco.calib.data import TokenPool, heldout_pool, load_tokenizer
 from moe_rco.ckpt.locate import fetch_model
 from moe_rco.ckpt.reader import Checkpoint
+from moe_rco.job import Sized, open_inputs, size
 from moe_rco.pipeline import Prepared, prepare
-from moe_rco.preflight import Sized, open_inputs, size
 from moe_rco.recipe import Recipe
 
 MODELS = {

@@ -40,8 +40,8 @@ from moe_rco.calib.data import heldout_pool, load_tokenizer
 from moe_rco.calib.objective import AssignedModel
 from moe_rco.ckpt.locate import fetch_model
 from moe_rco.ckpt.reader import Checkpoint
+from moe_rco.job import Ready, open_inputs, size
 from moe_rco.pipeline import Prepared, choose, prepare
-from moe_rco.preflight import Ready, open_inputs, size
 from moe_rco.recipe import DEMO_CALIBRATION, DEMO_HELDOUT, Recipe
 from moe_rco.types import Assignment, CostTable
 

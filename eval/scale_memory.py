@@ -20,8 +20,9 @@ from moe_rco.ckpt.reader import Checkpoint
 from moe_rco.ckpt.rewrite import rewrite
 from moe_rco.ckpt.store import Store
 from moe_rco.ckpt.workdir import WorkDirectory
+from moe_rco.job import size
 from moe_rco.plan import Plan
-from moe_rco.preflight import make_ready, size
+from moe_rco.preflight import make_ready
 from moe_rco.recipe import DEMO_CALIBRATION
 from moe_rco.types import Silent
 

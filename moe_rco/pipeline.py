@@ -15,6 +15,7 @@ import torch
 
 from moe_rco import preflight as checks
 from moe_rco.baselines import (
+    PROXY_STRIDE,
     SIMPLE,
     OutputErrors,
     linear_losses,
@@ -39,6 +40,7 @@ from moe_rco.ckpt.store import Store
 from moe_rco.ckpt.workdir import Part, WorkDirectory
 from moe_rco.curve import Curve
 from moe_rco.errors import RecipeError
+from moe_rco.job import Ready, Sized
 from moe_rco.plan import Plan, costs_digest
 from moe_rco.progress import Run, finished, part_names
 from moe_rco.recipe import Recipe
@@ -47,8 +49,6 @@ from moe_rco.reporting import build_report
 from moe_rco.types import Assignment, Budget, Progress, Silent
 from moe_rco.verify import RELOAD_SEQUENCES, verify
 
-PROXY_STRIDE = 4
-"""Output errors are sums of squares with no noise of draws in them: a part of the calibration text will do."""
 LINEARITY_SEQUENCES = 16
 """Sequences on which the KL of every expert alone is measured for `search.method: linearity`."""
 
@@ -148,7 +148,7 @@ class Neighbour:
 class _Job:
     """One budget: from the search to the report. `part` is where it is kept, `output` where its model will be."""
 
-    sized: checks.Sized
+    sized: Sized
     prepared: Prepared
     heldout: TokenPool
     budget: Budget
@@ -221,11 +221,11 @@ def _agreed(streaming: Streaming | None, team: Team) -> Streaming | None:
     return None if not first.any() else Streaming(*map(int, first[:3]), spill=bool(first[3]))
 
 
-def prepare(ready: checks.Ready, work: Path, progress: Progress, team: Team | None = None) -> Prepared:
+def prepare(ready: Ready, work: Path, progress: Progress, team: Team | None = None) -> Prepared:
     """Quantise every option into the store in `work`, and measure what each would do. Raises UserError."""
     recipe, sized, checkpoint, pools = ready.recipe, ready.sized, ready.checkpoint, ready.pools
-    device = checks.resolve_device(recipe)
-    dtype = checks.resolve_dtype(recipe, device)
+    device = sized.device
+    dtype = sized.dtype
     streaming = ready.streaming
     runner = Runner(checkpoint, sized.adapter, device, dtype, streaming)
     tokens = [hashlib.sha256(pool.ids.numpy().tobytes()).hexdigest() for pool in pools]

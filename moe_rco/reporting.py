@@ -14,7 +14,7 @@ from moe_rco.calib.search import Chosen
 from moe_rco.ckpt.rewrite import RewriteResult
 from moe_rco.ckpt.stock import precisions, transformers_reads
 from moe_rco.ckpt.store import Store
-from moe_rco.preflight import Sized
+from moe_rco.job import Sized
 from moe_rco.report import (
     BudgetPart,
     BytesPart,

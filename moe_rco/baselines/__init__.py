@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from moe_rco.baselines.linearity import linear_losses
-from moe_rco.baselines.proxy import SCALES, OutputErrors, output_errors, proxy
+from moe_rco.baselines.proxy import PROXY_STRIDE, SCALES, OutputErrors, output_errors, proxy
 from moe_rco.baselines.saliency import prune_equally, prune_lowest
 from moe_rco.baselines.uniform import uniform
 from moe_rco.calib.calibrate import Usage
@@ -14,6 +14,7 @@ from moe_rco.errors import UserError
 from moe_rco.types import Assignment, Budget, CostTable
 
 __all__ = [
+    "PROXY_STRIDE",
     "SCALES",
     "SIMPLE",
     "OutputErrors",

@@ -24,6 +24,8 @@ from moe_rco.calib.search import knapsack
 from moe_rco.types import Assignment, Budget, CostTable, Progress
 
 Scale = Literal["absolute", "block", "stream"]
+PROXY_STRIDE = 4
+"""Output errors are sums of squares with no noise of draws in them: a part of the calibration text will do."""
 SCALES: tuple[Scale, ...] = ("absolute", "block", "stream")
 
 

@@ -61,6 +61,7 @@ class Runner:
         device: torch.device,
         dtype: torch.dtype,
         streaming: Streaming | None = None,
+        layers: int | None = None,
     ) -> None:
         self.adapter, self.device, self.dtype = adapter, device, dtype
         self.config: Any = AutoConfig.from_pretrained(checkpoint.directory)
@@ -69,6 +70,7 @@ class Runner:
             "full_attention" if getattr(self.config, "sliding_window", None) is None else "sliding_attention"
         )
         self._attention = getattr(self.config, "layer_types", None) or [kind] * self.config.num_hidden_layers
+        self.num_layers: int = self.config.num_hidden_layers if layers is None else layers
         self.moe_layers = frozenset(adapter.moe_layers(checkpoint.config))
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(
@@ -91,7 +93,7 @@ class Runner:
             self._window = Window(self._layer_weights, _nbytes, streaming.window)
             return
         self._embedding, self._head = self._read(EMBEDDING), self._read(HEAD)
-        for index, layer in enumerate(self._decoder.layers):
+        for index, layer in enumerate(self._decoder.layers[: self.num_layers]):
             layer.load_state_dict(self._layer_weights(index), strict=True, assign=True)
 
     def _source(self, name: str) -> str:
@@ -117,10 +119,6 @@ class Runner:
     @property
     def hidden_size(self) -> int:
         return int(self.config.hidden_size)
-
-    @property
-    def num_layers(self) -> int:
-        return int(self.config.num_hidden_layers)
 
     def embed(self, ids: torch.Tensor) -> tuple[torch.Tensor, Context]:
         """ids [B, S] to hidden states [B, S, H] and the context of the batch."""

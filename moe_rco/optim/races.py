@@ -25,7 +25,7 @@ Losses = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float64]]
 """(choice [N], rows [n] of the data) to the loss on each of these rows [n]."""
 
 RACES = "races"
-_FIRST, _DOUBTFUL, _ENOUGH, _CLEAR, _LAST = 8, 32, 64, 2.5, 2.0
+FIRST_HEAT, _DOUBTFUL, _ENOUGH, _CLEAR, _LAST = 8, 32, 64, 2.5, 2.0
 """Rows of the first heat; below how many a challenger may be behind by a standard error; from how many on a lead of
 so many standard errors wins; after all rows one of so many."""
 _DRAWS, _BLIND = 48, 16
@@ -153,7 +153,7 @@ class _Run:
         order = order[
             np.argsort(np.isnan(self._known[order]), kind="stable")
         ]  # where the best has been run first
-        found, done, size = np.full(len(order), np.nan), 0, _FIRST
+        found, done, size = np.full(len(order), np.nan), 0, FIRST_HEAT
         while True:
             heat = order[done : done + size]
             missing = heat[np.isnan(self._known[heat])]

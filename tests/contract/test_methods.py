@@ -13,8 +13,8 @@ from moe_rco import recipe as recipes
 from moe_rco.calib.search import SEARCHES, SEED
 from moe_rco.ckpt.locate import fetch_model
 from moe_rco.errors import UserError
+from moe_rco.job import open_inputs, size
 from moe_rco.pipeline import Prepared, choose, prepare
-from moe_rco.preflight import open_inputs, size
 from moe_rco.recipe import Recipe, SearchMethod
 from moe_rco.types import Budget, Silent
 

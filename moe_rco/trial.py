@@ -1,0 +1,261 @@
+"""A short measurement: the model's first MoE layer goes through what a run does to every layer, and that is multiplied."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from moe_rco.baselines import PROXY_STRIDE, output_errors
+from moe_rco.calib.bank import OptionBank
+from moe_rco.calib.data import TokenPool, heldout_pool, load_tokenizer
+from moe_rco.calib.fisher import fisher_effects
+from moe_rco.calib.losses import STRIDE
+from moe_rco.calib.objective import AssignedModel, Pass
+from moe_rco.calib.quantise import WORKSPACE, LayerQuantizer, RoutedTokens
+from moe_rco.calib.reference import Reference, divergence
+from moe_rco.calib.runner import Runner
+from moe_rco.calib.search import SEARCHES, knapsack
+from moe_rco.calib.team import Team
+from moe_rco.ckpt.header import TensorInfo
+from moe_rco.ckpt.rewrite import output_bytes
+from moe_rco.ckpt.store import Store
+from moe_rco.ckpt.writer import from_tensor, write_file
+from moe_rco.job import Ready
+from moe_rco.optim.races import FIRST_HEAT
+from moe_rco.optim.solve import BACKWARD
+from moe_rco.quant.packing import cost_table
+from moe_rco.types import Budget, CostTable, Option, Silent
+
+ENOUGH = 0.3
+"""Seconds after which a call is long enough to be measured."""
+_FIRST = 64
+CANDIDATES = 5
+"""Assignments that are judged before a search, about."""
+_WEIGHTS = 1 << 26
+"""Weights that are quantised, read and written for the measurement, if one expert does not have more."""
+
+
+Work = Callable[[AssignedModel, TokenPool], None]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds: of every call in a layer, of every token in a layer, and of every token before and after the layers."""
+
+    call: float
+    token: float
+    outside: float
+
+    def of(self, layers: int, tokens: int, calls: int) -> float:
+        return layers * (calls * self.call + tokens * self.token) + tokens * self.outside
+
+
+def stage_times(ready: Ready) -> dict[str, float]:
+    """Seconds that each stage of a run by one process will take, for its first budget. Raises ModelError, StoreError."""
+    with TemporaryDirectory(prefix="moe-rco-") as directory:
+        return _Trial(ready, Path(directory)).stages()
+
+
+class _Trial:
+    """The first MoE layer of a model, some experts of which are quantised and stand for the others."""
+
+    def __init__(self, ready: Ready, directory: Path) -> None:
+        self.ready, self.sized, self.recipe, self.directory = ready, ready.sized, ready.recipe, directory
+        self.layer = self.sized.table.layers[0]
+        self.table = self._part(None)
+        self.pool = ready.pools[0]
+        few = self._part(max(1, _WEIGHTS // self.table.groups[0].numel))
+        store, bank = Store(directory, ""), self._bank(self.table)
+        repeated: Any = _Repeated(store, self.table, few)
+        self.empty, self.model = (
+            AssignedModel(self._runner(layers), self.sized.adapter, ready.checkpoint.config, bank, repeated)
+            for layers in (0, self.layer + 1)
+        )
+        self.quantising = self._quantise(few, store)
+
+    def _part(self, experts: int | None) -> CostTable:
+        table = self.sized.table
+        groups = [group for group in table.groups if group.layer == self.layer][:experts]
+        original = sum(group.numel for group in groups) * table.original_bytes // table.numel
+        return cost_table(groups, table.options, min(table.floor, len(groups)), original)
+
+    def _bank(self, table: CostTable) -> OptionBank:
+        ready, sized = self.ready, self.sized
+        return OptionBank(ready.checkpoint, table, sized.device, sized.dtype, ready.streaming)
+
+    def _runner(self, layers: int) -> Runner:
+        ready, sized = self.ready, self.sized
+        return Runner(ready.checkpoint, sized.adapter, sized.device, sized.dtype, ready.streaming, layers)
+
+    def stages(self) -> dict[str, float]:
+        sized, recipe, search = self.sized, self.recipe, self.recipe.search
+        layers, length = len(sized.table.layers), self.pool.ids.shape[1]
+        every, train, kept_out = (
+            sum(map(len, self.ready.pools)), len(self.pool), len(self.ready.pools[1]),
+        )  # fmt: skip
+        tokenizer = load_tokenizer(self.ready.checkpoint.directory)
+        held_out = len(heldout_pool(recipe.calibration, tokenizer, self.ready.pools[1]))
+        batch = self.model.batch(length)
+        forward, step, fisher, errors = self._costs(batch * length)
+
+        def run(cost: Cost, sequences: int, together: int) -> float:
+            return cost.of(layers, sequences * length, -(-sequences // max(1, together)))
+
+        read, check, write = self._files()
+        steps = search.search_steps * search.samples
+        samples = max(1, batch // search.batch) if self.model.bank.streaming else 1
+        if search.method == "evolution":
+            step = forward
+            steps *= 1 + BACKWARD
+        judged = CANDIDATES + (
+            search.search_steps // search.evaluate_every if search.method in SEARCHES else 0
+        )
+        raced = search.races * search.samples * (1 + BACKWARD) * search.batch
+        original = sized.table.original_bytes
+        others = output_bytes(self.ready.checkpoint, sized.adapter, 0)
+        return {
+            "check expert weights": original * check,
+            "read the weights": (original + others) * read,
+            "calibrate and quantise": run(forward, every, batch) + self.quantising(train * length),
+            "measure every option": run(fisher, train, batch // 2),
+            "measure output errors": run(errors, train // PROXY_STRIDE, batch),
+            "search": run(step, steps * search.batch, samples * search.batch)
+            + judged * run(forward, kept_out, batch),
+            "refine by races": run(forward, raced, min(batch, FIRST_HEAT)),
+            "write the model": (sized.budgets[0].bytes + others) * write,
+            "measure on held-out text": 2 * run(forward, held_out, batch),
+        }
+
+    def _costs(self, most: int) -> list[Cost]:
+        """Of running an assignment, a search step, and measuring every option and output errors; for calls of up to `most`."""
+        budget = self.sized.budgets[0].bytes * self.table.original_bytes // self.sized.table.original_bytes
+        losses = np.random.default_rng(0).random(self.table.costs.shape)
+        low, high = self.table.range
+        choice = knapsack(losses, self.table, Budget(min(max(budget, low), high), "")).choice
+
+        def forward(model: AssignedModel, pool: TokenPool) -> None:
+            model.divergences(choice, pool, reference(len(pool), pool.ids.shape[1]))
+
+        def step(model: AssignedModel, pool: TokenPool) -> None:
+            target = reference(len(pool), pool.ids.shape[1])
+
+            def loss(row: int, positions: slice, logits: torch.Tensor) -> torch.Tensor:
+                return divergence(target.at(row, positions), logits).sum()
+
+            model.own_effects([Pass(choice, loss)], pool.ids, STRIDE)
+
+        def fisher(model: AssignedModel, pool: TokenPool) -> None:
+            fisher_effects(model, pool, 0, Silent())
+
+        def errors(model: AssignedModel, pool: TokenPool) -> None:
+            output_errors(model, pool, Silent())
+
+        def reference(sequences: int, length: int) -> Reference:
+            made = Reference.empty(sequences, length, self.model.runner.vocab_size)
+            for part in (made.ids, made.log_p, made.log_rest):
+                part.fill_(-5 if part.is_floating_point() else 1)
+            return made
+
+        return [self._cost(work, most) for work in (forward, step, fisher, errors)]
+
+    def _cost(self, work: Work, most: int) -> Cost:
+        tokens = min(_FIRST, most)
+        with np.errstate(invalid="ignore"):  # without layers, what is measured in them is of no tokens
+            self._time(work, self.model, tokens)  # reads what is kept
+            while (long := self._time(work, self.model, tokens)) < ENOUGH and 2 * tokens <= most:
+                tokens *= 2
+            short = max(1, tokens // 4)
+            outside = self._time(work, self.empty, tokens) / tokens
+            inside, less = long - outside * tokens, self._time(work, self.model, short) - outside * short
+        token = max(0.0, (inside - less) / max(1, tokens - short))
+        return Cost(max(0.0, inside - token * tokens), token, outside)
+
+    def _time(self, work: Work, model: AssignedModel, tokens: int) -> float:
+        pool = self._text(tokens)
+        return self._seconds(lambda: work(model, pool))
+
+    def _text(self, tokens: int) -> TokenPool:
+        """About so many tokens of the calibration text."""
+        length = min(tokens, self.pool.ids.shape[1])
+        rows = torch.arange(max(1, tokens // length)) % len(self.pool)
+        return TokenPool(self.pool.ids[rows, :length], tuple(self.pool.domains[row] for row in rows))
+
+    def _seconds(self, work: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        work()
+        if self.sized.device.type == "cuda":
+            torch.cuda.synchronize(self.sized.device)
+        return time.perf_counter() - start
+
+    @torch.no_grad()
+    def _quantise(self, few: CostTable, store: Store) -> Callable[[int], float]:
+        """Quantises some experts, and returns what all take, by the calibration tokens for gradients."""
+        runner, experts, table = self.model.runner, len(few.groups), self.sized.table
+        x = self._inputs(self._text(2 * _FIRST).ids)
+        ids = torch.arange(experts, device=x.device).expand(len(x), -1)
+        tokens = RoutedTokens(x, torch.ones(ids.shape, device=x.device), ids, len(x), experts)
+        options = [option for option in few.options if option.is_quantized]
+        method = self.recipe.quantizer.method if options else "rtn"
+        streaming = self.ready.streaming
+        bank = self._bank(few).layer(self.layer)
+        quantizer = LayerQuantizer(
+            bank, tokens, method, WORKSPACE if streaming is None else streaming.workspace
+        )
+        (part,) = tokens.of(0, runner.device)
+        hidden = bank.gated(F.linear(part[1], bank.weights(0, bank.original)[0]))
+        # Every token counts for its expert's second moments and for the layer's.
+        hessian = 2 * self._seconds(lambda: quantizer.see(0, *part, hidden)) / len(x)
+        seconds = self._seconds(
+            lambda: quantizer.quantise(self.layer, options, few, store, lambda _: None, Team())
+        )
+        each, routed = seconds / experts, len(table.layers) * self.model.top_k
+        return lambda gradient: each * len(table.groups) + hessian * routed * gradient
+
+    def _inputs(self, ids: torch.Tensor) -> torch.Tensor:
+        """What goes into the layer's experts, [T, H]."""
+        runner = self.model.runner
+        h, context = runner.embed(ids.to(runner.device))
+        for index, layer in runner.layers():
+            h, x = runner.attend(index, layer, h, context)
+        return x.flatten(0, 1)
+
+    def _files(self) -> tuple[float, float, float]:
+        """Seconds for reading and hashing a byte, for reading an expert's and looking at it, and for writing one."""
+        names = [weight.name for weight in self.table.groups[0].weights]
+        values = [self.ready.checkpoint.read(name) for name in names]
+        size = sum(value.nbytes for value in values)
+        read = self._seconds(lambda: [self.ready.checkpoint.read(name) for name in names])
+        look = self._seconds(lambda: [bool(torch.isfinite(value).all()) for value in values])
+        digest = self._seconds(lambda: [hashlib.sha256(v.view(torch.uint8).numpy().data) for v in values])
+        entries = [from_tensor(name, value) for name, value in zip(names, values, strict=True)]
+        write = self._seconds(lambda: write_file(self.directory / "written.safetensors", entries))
+        return (read + digest) / size, (read + look) / size, (read + write) / size
+
+
+@dataclass(frozen=True)
+class _Repeated:
+    """The store of a few experts of a layer, as one of all of them."""
+
+    store: Store
+    table: CostTable
+    few: CostTable
+
+    def tensors(self, layer: int, option: Option) -> dict[str, TensorInfo]:
+        found, all_of_them = self.store.tensors(layer, option), {}
+        for number, group in enumerate(self.table.groups):
+            stands = self.few.groups[number % len(self.few.groups)]
+            for weight, other in zip(group.weights, stands.weights, strict=True):
+                prefix = other.name.removesuffix("weight")
+                for name, info in found.items():
+                    if name.startswith(prefix):
+                        all_of_them[weight.name.removesuffix("weight") + name.removeprefix(prefix)] = info
+        return all_of_them
