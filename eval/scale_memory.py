@@ -24,6 +24,7 @@ from moe_rco.job import size
 from moe_rco.plan import Plan
 from moe_rco.preflight import make_ready
 from moe_rco.recipe import DEMO_CALIBRATION
+from moe_rco.report import Report
 from moe_rco.types import Silent
 
 RECIPE = """\
@@ -61,7 +62,6 @@ def memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         path.write_text(
             RECIPE.format(model=model, text=text, limit=arguments.limit, output=output), encoding="utf-8"
         )
-        predicted = pipeline.preflight(recipes.load(path), overwrite=True).memory
         started = time.monotonic()
         command = [sys.executable, "-m", "moe_rco.cli", "prune", "--recipe", str(path), "--overwrite"]
         run = subprocess.Popen(command)
@@ -69,8 +69,9 @@ def memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         if status:
             raise RuntimeError(f"{' '.join(command)} ended with status {status}")
         seconds, peak = time.monotonic() - started, usage.ru_maxrss * 1024
-        stages = json.loads((output / "report.json").read_text(encoding="utf-8"))["stages"]
-        longest = max(stages, key=lambda stage: stage["seconds"])
+        report = Report.load(output)
+        longest = max(report.stages, key=lambda stage: stage.seconds)
+        assert report.memory is not None
         weights = sum(tensor.nbytes for tensor in Checkpoint(model).tensors.values())
         rows.append(
             {
@@ -78,9 +79,10 @@ def memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 "weights": f"{weights / 2**30:.2f} GiB",
                 "limit": arguments.limit,
                 "peak": f"{peak / 2**30:.2f} GiB",
-                "predicted": f"{predicted / 2**30:.2f} GiB",
+                "predicted": f"{report.memory.predicted_host / 2**30:.2f} GiB",
                 "took": f"{seconds:.0f} s",
-                "longest stage": f"{longest['name']}, {longest['seconds']:.0f} s",
+                "predicted, of the stages": f"{sum(stage.predicted or 0 for stage in report.stages):.0f} s",
+                "longest stage": f"{longest.name}, {longest.seconds:.0f} s (predicted {longest.predicted:.0f})",
             }
         )
         print(rows[-1], flush=True)

@@ -121,10 +121,13 @@ def prune(
     from moe_rco.curve import Curve
 
     if dry_run:
-        console.show_preflight(pipeline.preflight(loaded, overwrite=overwrite))
+        console.show_preflight(
+            pipeline.preflight(loaded, progress=console.RichProgress(), overwrite=overwrite)
+        )
         return
     progress = console.RichProgress() if leads() else None
-    reports = pipeline.prune_all(loaded, progress=progress, overwrite=overwrite)
+    told = console.show_forecast
+    reports = pipeline.prune_all(loaded, progress=progress, overwrite=overwrite, told=told)
     if not leads():
         return
     if len(reports) == 1:

@@ -140,11 +140,28 @@ def show_preflight(preflight: Preflight, console: Console | None = None) -> None
     on_device = f", {format_size(p.device_memory)} on the device" if p.device_memory else ""
     table.add_row("memory", f"about {format_size(p.memory)}{on_device} ({held})")
     table.add_row("disk", f"{format_size(p.disk_needed)} needed, {format_size(p.disk_free)} free")
+    if p.stages:
+        table.add_row("time", f"about {format_duration(sum(p.stages.values()))}")
+    for name, seconds in p.stages.items():
+        table.add_row("", f"{name}: {format_duration(seconds)}")
     table.add_row("output", p.output)
     _show(console, f"Dry run: {p.model}", table)
     for warning in p.warnings:
         console.print(f"note: {warning}", style="yellow", soft_wrap=True)
     console.print("Nothing was written.")
+
+
+def show_forecast(preflight: Preflight, console: Console | None = None) -> None:
+    """What a run says of itself before the long work begins."""
+    console = console or stderr()
+    p = preflight
+    on_device = f" and {format_size(p.device_memory)} on the device" if p.device_memory else ""
+    held = "streamed from disk" if p.streamed else "all in memory"
+    line = f"Takes about {format_size(p.memory)} of memory{on_device} (weights {held}), {format_size(p.disk_needed)} of disk"
+    if p.stages:
+        longest = max(p.stages, key=lambda name: p.stages[name])
+        line += f", and {format_duration(sum(p.stages.values()))}, most for: {longest}"
+    console.print(f"{line}.", soft_wrap=True)
 
 
 def show_serving(plan: ServePlan, console: Console | None = None) -> None:
@@ -199,10 +216,25 @@ def show_summary(report: Report, console: Console | None = None) -> None:
         style=None if report.reload.passed else "bold red",
         soft_wrap=True,
     )
-    console.print(f"Time: {format_duration(sum(stage.seconds for stage in report.stages))}")
+    console.print(_resources(report))
     console.print(f"\nWritten to {report.output}. To use it from Python:\n", soft_wrap=True)
     for line in _usage(report):
         console.print(f"    {line}", soft_wrap=True)
+
+
+def _resources(report: Report) -> str:
+    """Time and memory, and what had been predicted of them."""
+    took = sum(stage.seconds for stage in report.stages)
+    known = [stage for stage in report.stages if stage.predicted is not None]
+    line = f"Time: {format_duration(took)}"
+    if known:
+        line += f" (predicted {format_duration(sum(stage.predicted or 0.0 for stage in known))})"
+    if report.memory is not None:
+        m = report.memory
+        line += f". Memory: {format_size(m.host)} (predicted {format_size(m.predicted_host)})"
+        if m.device:
+            line += f", {format_size(m.device)} on the device (predicted {format_size(m.predicted_device)})"
+    return line
 
 
 def show_curve(curve: Curve, output: str, console: Console | None = None) -> None:

@@ -11,8 +11,8 @@ from moe_rco.calib.streaming import Streaming
 from moe_rco.errors import UserError
 from moe_rco.units import format_size
 
-LIBRARIES = 650 * 10**6
-"""Resident bytes of the interpreter with torch and transformers."""
+LIBRARIES = 730 * 10**6
+"""Resident bytes of the interpreter with torch, transformers and numba."""
 CUDA_LIBRARIES = 2 * 10**9
 """What they take beside a CUDA device, on the host."""
 _TOKENS = 1 << 15

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import astuple, dataclass, field, replace
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +37,7 @@ from moe_rco.ckpt.rewrite import rewrite
 from moe_rco.ckpt.state import SavedState
 from moe_rco.ckpt.store import Store
 from moe_rco.ckpt.workdir import Part, WorkDirectory
+from moe_rco.clock import Clock
 from moe_rco.curve import Curve
 from moe_rco.errors import RecipeError
 from moe_rco.job import Ready, Sized
@@ -46,6 +46,7 @@ from moe_rco.progress import Run, finished, part_names
 from moe_rco.recipe import Recipe
 from moe_rco.report import Preflight, Report
 from moe_rco.reporting import build_report
+from moe_rco.trial import stage_times
 from moe_rco.types import Assignment, Budget, Progress, Silent
 from moe_rco.verify import RELOAD_SEQUENCES, verify
 
@@ -70,9 +71,9 @@ class Prepared:
     errors: OutputErrors
 
 
-def preflight(recipe: Recipe, *, overwrite: bool = False) -> Preflight:
-    """What `prune` would do, with sizes and memory. Raises UserError for everything that can be known to be wrong."""
-    return checks.check(recipe, overwrite=overwrite)
+def preflight(recipe: Recipe, *, progress: Progress | None = None, overwrite: bool = False) -> Preflight:
+    """What `prune` would do, with sizes, memory and times. Raises UserError for everything that can be known to be wrong."""
+    return checks.check(recipe, progress or Silent(), overwrite=overwrite)
 
 
 def prune(recipe: Recipe, *, progress: Progress | None = None, overwrite: bool = False) -> Report:
@@ -83,7 +84,11 @@ def prune(recipe: Recipe, *, progress: Progress | None = None, overwrite: bool =
 
 
 def prune_all(
-    recipe: Recipe, *, progress: Progress | None = None, overwrite: bool = False
+    recipe: Recipe,
+    *,
+    progress: Progress | None = None,
+    overwrite: bool = False,
+    told: Callable[[Preflight], None] = lambda preflight: None,
 ) -> tuple[Report, ...]:
     """Do the whole job of a recipe: the output directory appears complete, measured and with its report, or not at all.
 
@@ -91,7 +96,8 @@ def prune_all(
     the curve of quality against bytes (`Curve`).
     What is done is kept in `<output>.work` until the end, so that a run interrupted at any moment goes on where it was.
     Started by torchrun, several processes share the work in one file system; the first of them writes, and all return
-    the report. Raises UserError for what the user can repair.
+    the report. Before the long work begins, `told` gets to know what it will take. Raises UserError for what the user can
+    repair.
     """
     output = Path(recipe.output)
     check_place(output)
@@ -100,13 +106,18 @@ def prune_all(
         if team.leads:
             recover(output)
         team.wait()
-        return _prune(recipe, work, output, progress or Silent(), overwrite, team)
+        return _prune(recipe, work, output, Clock(progress or Silent()), overwrite, team, told)
 
 
 def _prune(
-    recipe: Recipe, work: WorkDirectory, output: Path, progress: Progress, overwrite: bool, team: Team
+    recipe: Recipe,
+    work: WorkDirectory,
+    output: Path,
+    clock: Clock,
+    overwrite: bool,
+    team: Team,
+    told: Callable[[Preflight], None],
 ) -> tuple[Report, ...]:
-    clock = _Clock(progress)
     ready = team.in_turn(lambda: checks.make_ready(recipe, overwrite=overwrite))
     ready = replace(ready, streaming=_agreed(ready.streaming, team))
     sized, checkpoint = ready.sized, ready.checkpoint
@@ -114,7 +125,12 @@ def _prune(
     if team.leads:
         Run.of(recipe, sized.table, sized.budgets).save(work)
         work.keep_parts(parts)
-        checkpoint.check_finite(sized.adapter, clock)
+        checkpoint.check_finite(sized.table.groups, clock)
+        # Of several processes each has its part to do, and how they get in each other's way is not measured.
+        times = stage_times(ready, clock) if team.size == 1 else {}
+        expected = checks.describe(sized, ready, times)
+        clock.times, clock.expected = times, expected
+        told(expected)
     prepared = prepare(ready, work.path, clock, team)
     heldout = heldout_pool(recipe.calibration, load_tokenizer(checkpoint.directory), prepared.pools[1])
     reports, neighbour = list[Report](), None
@@ -122,7 +138,7 @@ def _prune(
         job = _Job(sized, prepared, heldout, budget, work.part(name), output / name, clock.at(name))
         report, neighbour = job.done(neighbour)
         reports += [report] if report is not None else []
-        clock.stages.clear()  # what all budgets share is told of the first
+        clock.taken.clear()  # what all budgets share is told of the first
     if not team.leads:
         team.wait()
         return tuple(Report.load(output / name) for name in parts)
@@ -154,7 +170,7 @@ class _Job:
     budget: Budget
     part: Part
     output: Path
-    clock: _Clock
+    clock: Clock
 
     def done(self, neighbour: Neighbour | None) -> tuple[Report | None, Neighbour | None]:
         """The report, if this process leads, and what the next budget starts from, if there is one.
@@ -206,7 +222,7 @@ class _Job:
         )
         report = build_report(
             self.sized, self.budget, plan.model, prepared.store, chosen, written, reload, scores,
-            self.clock.stages, self.output,
+            self.clock, self.output,
         )  # fmt: skip
         report.check()
         report.save(self.part.checkpoint)
@@ -313,23 +329,3 @@ def _candidates(prepared: Prepared, budget: Budget, method: str, progress: Progr
         return simple_assignments(method, table, budget, *measured)
     points = starting_points(table, budget, *measured)
     return seed | points if method == "rco" else points
-
-
-@dataclass
-class _Clock:
-    """Passes progress on, with the name of the budget if it has one, and notes how long each stage took."""
-
-    progress: Progress
-    stages: list[tuple[str, float]] = field(default_factory=list)
-    name: str = ""
-
-    def at(self, name: str) -> _Clock:
-        """The same clock, for a stage of one of several budgets."""
-        return replace(self, name=name)
-
-    @contextmanager
-    def stage(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
-        start = time.monotonic()
-        with self.progress.stage(f"{self.name}: {title}" if self.name else title, total) as advance:
-            yield advance
-        self.stages.append((title, time.monotonic() - start))

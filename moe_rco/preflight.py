@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,18 +22,23 @@ from moe_rco.footprint import Footprint, Shapes, resident, streamed
 from moe_rco.job import Ready, Sized, open_inputs, size
 from moe_rco.recipe import Recipe
 from moe_rco.report import BudgetPart, OptionCost, Preflight
+from moe_rco.trial import OF_EACH_BUDGET, stage_times
+from moe_rco.types import Progress
 from moe_rco.units import format_size
 
 
-def check(recipe: Recipe, *, overwrite: bool = False) -> Preflight:
-    """Say what a run would take. Only config.json is fetched of a model that is not local. Raises UserError."""
+def check(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> Preflight:
+    """Say what a run would take, its time by a short measurement. Of a model that is not local only config.json is
+    fetched. Raises UserError.
+    """
     sized = size(recipe)
     local = None if recipe.model_directory is None else open_inputs(sized, recipe.model_directory)
     _check_resources(sized, local, overwrite)
-    if local is not None:
-        return _preflight(sized, local)
-    check_sources(recipe.calibration)
-    return _preflight(sized, None)
+    if local is None:
+        check_sources(recipe.calibration)
+        return describe(sized, None, {})
+    local = replace(local, streaming=footprint(sized, local).streaming)
+    return describe(sized, local, stage_times(local, progress))
 
 
 def make_ready(recipe: Recipe, *, overwrite: bool = False) -> Ready:
@@ -61,7 +67,8 @@ def _check_resources(sized: Sized, ready: Ready | None, overwrite: bool) -> None
     )
 
 
-def _preflight(sized: Sized, ready: Ready | None) -> Preflight:
+def describe(sized: Sized, ready: Ready | None, times: Mapping[str, float]) -> Preflight:
+    """What a run would take, its `times` for one budget being known. Raises UserError where memory is too small."""
     recipe, table = sized.recipe, sized.table
     found = footprint(sized, ready)
     sequences, holdout = recipe.calibration.sequences, recipe.calibration.holdout_sequences
@@ -106,6 +113,10 @@ def _preflight(sized: Sized, ready: Ready | None) -> Preflight:
         memory=found.host,
         device_memory=found.device,
         streamed=found.streaming is not None,
+        stages={
+            name: seconds * (len(sized.budgets) if name in OF_EACH_BUDGET else 1)
+            for name, seconds in times.items()
+        },
         warnings=warnings,
     )
 
@@ -121,7 +132,9 @@ def _disk(sized: Sized, ready: Ready | None) -> int:
     outputs = sum(budget.bytes + others for budget in sized.budgets)
     streaming = footprint(sized, ready).streaming
     spilled = _shapes(sized, ready).activations if streaming is not None and streaming.spill else 0
-    return int(sized.table.costs[:, quantized].sum()) + outputs + spilled
+    stored = int(sized.table.costs[:, quantized].sum())
+    # Of one layer at a time, the experts that are quantised already are put together.
+    return stored + stored // len(sized.table.layers) + outputs + spilled
 
 
 def footprint(sized: Sized, ready: Ready | None) -> Footprint:

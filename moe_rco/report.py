@@ -120,8 +120,20 @@ class StockPart(_Part):
 
 
 class Stage(_Part):
+    """How long a stage took, and how long the preflight had said it would, if it had."""
+
     name: str
     seconds: float
+    predicted: float | None = None
+
+
+class MemoryPart(_Part):
+    """The largest resident memory of the process so far, what was predicted, and the same of a device; in bytes."""
+
+    host: int
+    predicted_host: int
+    device: int = 0
+    predicted_device: int = 0
 
 
 class Comparison(_Part):
@@ -195,6 +207,7 @@ class Report(_Part):
     reload: Reload
     search: SearchPart
     stages: tuple[Stage, ...]
+    memory: MemoryPart | None = None
     scores: tuple[TaskScore, ...] = ()
 
     def with_scores(self, scores: Iterable[TaskScore]) -> Self:
@@ -267,7 +280,8 @@ class Preflight(_Part):
     """What `--dry-run` prints: everything known before any work. Sizes in bytes, the largest budget first.
 
     `smallest` and `largest` bound what the options can cost; `memory` and `device_memory` estimate the run's peaks; `streamed`
-    tells that weights are read from disk as they are needed.
+    tells that weights are read from disk as they are needed. `stages` are what a short measurement says that each stage
+    will take in seconds, for all budgets together; empty where the model is not here.
     """
 
     model: str
@@ -294,4 +308,5 @@ class Preflight(_Part):
     memory: int
     device_memory: int = 0
     streamed: bool = False
+    stages: dict[str, float] = {}
     warnings: tuple[str, ...] = ()

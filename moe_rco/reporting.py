@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from moe_rco.calib.search import Chosen
 from moe_rco.ckpt.rewrite import RewriteResult
 from moe_rco.ckpt.stock import precisions, transformers_reads
 from moe_rco.ckpt.store import Store
+from moe_rco.clock import Clock
 from moe_rco.job import Sized
 from moe_rco.report import (
     BudgetPart,
@@ -27,7 +27,6 @@ from moe_rco.report import (
     SearchPart,
     SearchStep,
     Software,
-    Stage,
     StockPart,
 )
 from moe_rco.types import Budget, CostTable
@@ -44,7 +43,7 @@ def build_report(
     written: RewriteResult,
     reload: Reload,
     scores: Scores,
-    stages: Sequence[tuple[str, float]],
+    clock: Clock,
     output: Path,
 ) -> Report:
     """Everything a user or a later program wants to know about the run for one budget, in one value."""
@@ -89,7 +88,8 @@ def build_report(
             steps=len(chosen.history),
             history=tuple(SearchStep(step=record.step, kl=record.loss) for record in chosen.history),
         ),
-        stages=tuple(Stage(name=name, seconds=round(seconds, 3)) for name, seconds in stages),
+        stages=clock.stages,
+        memory=clock.memory,
     )
 
 

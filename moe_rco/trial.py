@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from moe_rco.calib.quantise import WORKSPACE, LayerQuantizer, RoutedTokens
 from moe_rco.calib.reference import Reference, divergence
 from moe_rco.calib.runner import Runner
 from moe_rco.calib.search import SEARCHES, knapsack
+from moe_rco.calib.streaming import give_back
 from moe_rco.calib.team import Team
 from moe_rco.ckpt.header import TensorInfo
 from moe_rco.ckpt.rewrite import output_bytes
@@ -33,13 +35,17 @@ from moe_rco.job import Ready
 from moe_rco.optim.races import FIRST_HEAT
 from moe_rco.optim.solve import BACKWARD
 from moe_rco.quant.packing import cost_table
-from moe_rco.types import Budget, CostTable, Option, Silent
+from moe_rco.types import Budget, CostTable, Option, Progress, Silent
 
 ENOUGH = 0.3
 """Seconds after which a call is long enough to be measured."""
-_FIRST = 64
-CANDIDATES = 5
+_FIRST, _REPEATED = 64, 8
+_CANDIDATES = 5
 """Assignments that are judged before a search, about."""
+OF_EACH_BUDGET = (
+    "judge the candidates", "search", "refine by races", "write the model", "measure on held-out text"
+)  # fmt: skip
+"""The stages that every budget has for itself."""
 _WEIGHTS = 1 << 26
 """Weights that are quantised, read and written for the measurement, if one expert does not have more."""
 
@@ -59,10 +65,20 @@ class Cost:
         return layers * (calls * self.call + tokens * self.token) + tokens * self.outside
 
 
-def stage_times(ready: Ready) -> dict[str, float]:
+def stage_times(ready: Ready, progress: Progress) -> dict[str, float]:
     """Seconds that each stage of a run by one process will take, for its first budget. Raises ModelError, StoreError."""
-    with TemporaryDirectory(prefix="moe-rco-") as directory:
-        return _Trial(ready, Path(directory)).stages()
+    with (
+        progress.stage("measure how fast it goes", 1) as advance,
+        TemporaryDirectory(prefix="moe-rco-") as directory,
+    ):
+        trial = _Trial(ready, Path(directory))
+        found = trial.stages()
+        trial.bank.expect(())  # what was read ahead would stay
+        del trial
+        gc.collect()
+        give_back()
+        advance(1)
+    return found
 
 
 class _Trial:
@@ -74,13 +90,17 @@ class _Trial:
         self.table = self._part(None)
         self.pool = ready.pools[0]
         few = self._part(max(1, _WEIGHTS // self.table.groups[0].numel))
-        store, bank = Store(directory, ""), self._bank(self.table)
+        store, self.bank = Store(directory, ""), self._bank(self.table)
         repeated: Any = _Repeated(store, self.table, few)
         self.empty, self.model = (
-            AssignedModel(self._runner(layers), self.sized.adapter, ready.checkpoint.config, bank, repeated)
+            AssignedModel(
+                self._runner(layers), self.sized.adapter, ready.checkpoint.config, self.bank, repeated
+            )
             for layers in (0, self.layer + 1)
         )
+        ready.checkpoint.check_finite(few.groups)
         self.quantising = self._quantise(few, store)
+        self.loading = self._seconds(lambda: self.model.states([None]))
 
     def _part(self, experts: int | None) -> CostTable:
         table = self.sized.table
@@ -116,24 +136,28 @@ class _Trial:
         if search.method == "evolution":
             step = forward
             steps *= 1 + BACKWARD
-        judged = CANDIDATES + (
-            search.search_steps // search.evaluate_every if search.method in SEARCHES else 0
-        )
+        judged = run(forward, kept_out, batch)
+        searches = search.method in SEARCHES
+        evaluations = search.search_steps // search.evaluate_every
         raced = search.races * search.samples * (1 + BACKWARD) * search.batch
         original = sized.table.original_bytes
         others = output_bytes(self.ready.checkpoint, sized.adapter, 0)
-        return {
+        times = {
             "check expert weights": original * check,
             "read the weights": (original + others) * read,
             "calibrate and quantise": run(forward, every, batch) + self.quantising(train * length),
-            "measure every option": run(fisher, train, batch // 2),
+            "measure every option": run(fisher, train, self.model.batch(length, 2)),
             "measure output errors": run(errors, train // PROXY_STRIDE, batch),
-            "search": run(step, steps * search.batch, samples * search.batch)
-            + judged * run(forward, kept_out, batch),
+            "judge the candidates": _CANDIDATES * judged,
+            "search": run(step, steps * search.batch, samples * search.batch) + evaluations * judged,
             "refine by races": run(forward, raced, min(batch, FIRST_HEAT)),
             "write the model": (sized.budgets[0].bytes + others) * write,
             "measure on held-out text": 2 * run(forward, held_out, batch),
         }
+        # What the options take to be made, where all of them are kept.
+        times["measure every option"] += layers * self.loading
+        unused = () if searches else ("search", "refine by races")
+        return {name: round(seconds, 3) for name, seconds in times.items() if name not in unused}
 
     def _costs(self, most: int) -> list[Cost]:
         """Of running an assignment, a search step, and measuring every option and output errors; for calls of up to `most`."""
@@ -189,6 +213,11 @@ class _Trial:
         rows = torch.arange(max(1, tokens // length)) % len(self.pool)
         return TokenPool(self.pool.ids[rows, :length], tuple(self.pool.domains[row] for row in rows))
 
+    def _warm(self, work: Callable[[], Any]) -> float:
+        """Seconds of a second call, if the first did not take so long that what only it does is little of it."""
+        first = self._seconds(work)
+        return first if first > 10 * ENOUGH else self._seconds(work)
+
     def _seconds(self, work: Callable[[], Any]) -> float:
         start = time.perf_counter()
         work()
@@ -211,10 +240,11 @@ class _Trial:
             bank, tokens, method, WORKSPACE if streaming is None else streaming.workspace
         )
         (part,) = tokens.of(0, runner.device)
-        hidden = bank.gated(F.linear(part[1], bank.weights(0, bank.original)[0]))
+        number, inputs, weight = (values.repeat(_REPEATED, *[1] * (values.ndim - 1)) for values in part)
+        hidden = bank.gated(F.linear(inputs, bank.weights(0, bank.original)[0]))
         # Every token counts for its expert's second moments and for the layer's.
-        hessian = 2 * self._seconds(lambda: quantizer.see(0, *part, hidden)) / len(x)
-        seconds = self._seconds(
+        hessian = 2 * self._warm(lambda: quantizer.see(0, number, inputs, weight, hidden)) / len(inputs)
+        seconds = self._warm(
             lambda: quantizer.quantise(self.layer, options, few, store, lambda _: None, Team())
         )
         each, routed = seconds / experts, len(table.layers) * self.model.top_k

@@ -144,14 +144,17 @@ def test_prune_passes_on_what_was_asked(recipe_file: Path, monkeypatch: pytest.M
     calls: list[tuple[str, object, bool]] = []
     shown: list[str] = []
     fake = SimpleNamespace(
-        preflight=lambda loaded, *, overwrite: calls.append(("preflight", loaded, overwrite)) or "preflight",
-        prune_all=lambda loaded, *, progress, overwrite: (
-            calls.append(("prune", loaded, overwrite)) or ("report",)
+        preflight=lambda loaded, *, progress, overwrite: (
+            calls.append(("preflight", loaded, overwrite)) or "preflight"
+        ),
+        prune_all=lambda loaded, *, progress, overwrite, told: (
+            told("forecast") or calls.append(("prune", loaded, overwrite)) or ("report",)
         ),
     )
     monkeypatch.setitem(sys.modules, "moe_rco.pipeline", fake)
     monkeypatch.setattr("moe_rco.pipeline", fake, raising=False)
     monkeypatch.setattr("moe_rco.console.show_preflight", shown.append)
+    monkeypatch.setattr("moe_rco.console.show_forecast", shown.append)
     monkeypatch.setattr("moe_rco.console.show_summary", shown.append)
 
     dry = run("prune", "--recipe", recipe_file, "--output", "35", "--set", "search.steps=7", "--dry-run")
@@ -162,7 +165,7 @@ def test_prune_passes_on_what_was_asked(recipe_file: Path, monkeypatch: pytest.M
     expected = recipe.load(recipe_file, ["output='35'", "search.steps=7"])
     assert expected.output == "35"
     assert calls == [("preflight", expected, False), ("prune", recipe.load(recipe_file), True)]
-    assert shown == ["preflight", "report"]
+    assert shown == ["preflight", "forecast", "report"]
 
 
 def test_inspect_and_init(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,7 @@ ROOMS = (
     "footprint",
     "trial",
     "preflight",
+    "clock",
     "reporting",
     "verify",
     "pipeline",

@@ -101,7 +101,6 @@ class LayerQuantizer:
         team: Team,
     ) -> None:
         """Write every option to the store, and the errors beside them. The team shares the experts."""
-        tensors: dict[Option, dict[str, Tensor]] = {option: {} for option in options}
         count, per = self._bank.num_experts, self._together
 
         def quantised(start: int) -> np.ndarray:
@@ -124,7 +123,7 @@ class LayerQuantizer:
                     for place, made in enumerate((rounded, chosen), 1 + 2 * index):
                         values = (quantized.dequantize() for quantized in made)
                         found[place] = sum(map(_error, weights, values, hessians))
-                tensors[option] |= _tensors(prefixes, chosen, option)
+                store.write_part(layer, option, start, _tensors(prefixes, chosen, option))
             advance(min(count - start, len(experts) * team.size))
             return found
 
@@ -138,8 +137,12 @@ class LayerQuantizer:
                     layer,
                     {"error": {option.name: dict(zip(("rtn", "gptq"), relative.tolist(), strict=True))}},
                 )
-        for option in options:
-            _store(store, layer, option, tensors.pop(option), team)
+        team.wait()
+        if team.leads:
+            for option in options:
+                store.join(layer, option)
+        team.wait()
+        store.refresh()
 
     def _hessians(self, experts: list[int], few: set[int]) -> list[Tensor] | None:
         """Second moments [n, C, C] of the inputs of both matrices of some experts; notes whose are mixed with the pooled."""
@@ -171,19 +174,6 @@ def working_bytes(hidden: int, inner: int) -> int:
     return 24 * 3 * hidden * inner + 40 * (hidden**2 + inner**2)
 
 
-def _store(store: Store, layer: int, option: Option, tensors: dict[str, Tensor], team: Team) -> None:
-    """Put together what the team has made of a layer at one option."""
-    if team.size == 1:
-        store.write(layer, option, tensors)
-        return
-    store.write_part(layer, option, team.rank, tensors)
-    team.wait()
-    if team.leads:
-        store.join(layer, option, team.size)
-    team.wait()
-    store.refresh()
-
-
 def _error(weight: Tensor, replaced: Tensor, hessian: Tensor) -> float:
     return float(output_error(weight, replaced, hessian).sum())
 
@@ -205,6 +195,5 @@ def _tensors(prefixes: list[list[str]], quantized: list[Quantized], option: Opti
         packed = pack(part.codes, part.scale, part.zero, option)
         for place, names in enumerate(prefixes):
             for suffix, stacked in packed.items():
-                # A copy: a view would hold on to all of the experts' codes.
-                tensors[names[position] + suffix] = stacked[place].cpu().clone()
+                tensors[names[position] + suffix] = stacked[place].cpu()
     return tensors

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from moe_rco.adapters import Adapter
-from moe_rco.calib.streaming import Streaming
+from moe_rco.calib.streaming import Streaming, give_back
 from moe_rco.calib.transfer import Mover
 from moe_rco.calib.window import Window
 from moe_rco.ckpt.reader import Checkpoint
@@ -163,6 +163,7 @@ class Runner:
                 yield index, layer
             finally:
                 layer.load_state_dict(empty, strict=True, assign=True)
+                give_back()
 
     def attend(
         self, index: int, layer: Any, h: torch.Tensor, context: Context

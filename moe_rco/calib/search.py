@@ -114,7 +114,11 @@ def find(
     """
     judge = KeptOut(model, pools[1], references[1])
     job = _Job(model, budget, q, pools, references, search, judge, progress, resume, logits)
-    tried = [Candidate(name, assignment, judge(assignment.choice)) for name, assignment in candidates.items()]
+    tried = list[Candidate]()
+    with progress.stage("judge the candidates", len(candidates)) as advance:
+        for name, assignment in candidates.items():
+            tried.append(Candidate(name, assignment, judge(assignment.choice)))
+            advance(1)
     best, rival = tried[0], min(tried, key=lambda candidate: candidate.kl)
     if job.prefers(rival, best):
         best = rival

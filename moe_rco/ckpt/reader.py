@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from moe_rco.adapters.base import Adapter
 from moe_rco.ckpt.data import read_rows, read_tensor
 from moe_rco.ckpt.header import HeaderError, TensorInfo, read_header
 from moe_rco.errors import ModelError
-from moe_rco.types import Progress, Silent
+from moe_rco.types import Group, Progress, Silent
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -102,9 +102,8 @@ class Checkpoint:
                     "check the number of experts and the expert layers there"
                 )
 
-    def check_finite(self, adapter: Adapter, progress: Progress | None = None) -> None:
-        """Read every expert, one tensor at a time. Raises ModelError naming the first that is not finite."""
-        groups = adapter.groups(self.config)
+    def check_finite(self, groups: Sequence[Group], progress: Progress | None = None) -> None:
+        """Read some experts, one tensor at a time. Raises ModelError naming the first that is not finite."""
         with (progress or Silent()).stage("check expert weights", len(groups)) as advance:
             for group in groups:
                 for weight in group.weights:

@@ -14,9 +14,16 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from moe_rco.ckpt.data import read_tensor
 from moe_rco.ckpt.header import HeaderError, TensorInfo, read_header
-from moe_rco.ckpt.writer import from_tensor, sha256_of, sync_directory, write_file, write_text
+from moe_rco.ckpt.writer import (
+    Entry,
+    from_file,
+    from_tensor,
+    sha256_of,
+    sync_directory,
+    write_file,
+    write_text,
+)
 from moe_rco.errors import StoreError
 from moe_rco.types import Option
 
@@ -75,11 +82,13 @@ class Store:
 
     def write(self, layer: int, option: Option, tensors: Mapping[str, Tensor]) -> None:
         """Store one layer's experts at one option. Raises StoreError if they cannot be written."""
+        self._write(layer, option, [from_tensor(key, tensor) for key, tensor in tensors.items()])
+
+    def _write(self, layer: int, option: Option, entries: list[Entry]) -> None:
         name = _file_name(layer, option)
-        entries = [from_tensor(key, tensor) for key, tensor in sorted(tensors.items())]
         partial = self.directory / (name + ".tmp")
         try:
-            digest = write_file(partial, entries)
+            digest = write_file(partial, sorted(entries, key=lambda entry: entry.name))
             os.replace(partial, self.directory / name)
             sync_directory(self.directory)
         except OSError as error:
@@ -90,29 +99,26 @@ class Store:
         self._save_or_raise()
 
     def write_part(self, layer: int, option: Option, number: int, tensors: Mapping[str, Tensor]) -> None:
-        """Leave some of a layer's experts for `join`. Raises StoreError."""
-        partial = self._part(layer, option, number)
+        """Leave some of a layer's experts for `join`, under a number of their own. Raises StoreError."""
+        partial = self.directory / f"{_file_name(layer, option)}.{number}.tmp"
         try:
-            write_file(partial, [from_tensor(key, tensor) for key, tensor in tensors.items()])
+            entries = [from_tensor(key, tensor) for key, tensor in tensors.items()]
+            write_file(partial, entries, flush=False)
         except OSError as error:
+            partial.unlink(missing_ok=True)
             raise StoreError(f"cannot write {partial}: {error}") from error
 
-    def join(self, layer: int, option: Option, parts: int) -> None:
-        """Store one layer's experts at one option from the parts 0 to `parts` - 1. Raises StoreError."""
-        found = [self._part(layer, option, number) for number in range(parts)]
+    def join(self, layer: int, option: Option) -> None:
+        """Store one layer's experts at one option from all parts there are, without holding them. Raises StoreError."""
+        found = list(self.directory.glob(f"{_file_name(layer, option)}.*.tmp"))
         try:
-            self.write(
-                layer,
-                option,
-                {name: read_tensor(t) for path in found for name, t in read_header(path).items()},
+            self._write(
+                layer, option, [from_file(tensor) for path in found for tensor in read_header(path).values()]
             )
             for path in found:
                 path.unlink()
         except (HeaderError, OSError) as error:
             raise StoreError(f"cannot join the parts of layer {layer} at {option}: {error}") from error
-
-    def _part(self, layer: int, option: Option, number: int) -> Path:
-        return self.directory / f"{_file_name(layer, option)}.{number}.tmp"
 
     def refresh(self) -> None:
         """Take in what another process has written meanwhile. Raises StoreError."""

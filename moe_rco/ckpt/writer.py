@@ -74,9 +74,10 @@ def write_file(
     entries: Sequence[Entry],
     metadata: Mapping[str, str] | None = None,
     advance: Callable[[int], None] = lambda nbytes: None,
+    flush: bool = True,
 ) -> str:
-    """Write one safetensors file, flush it to the disk, and return its SHA-256 (hex). `advance` is told of every
-    chunk's bytes.
+    """Write one safetensors file, flush it to the disk if it is to stay, and return its SHA-256 (hex). `advance` is told of
+    every chunk's bytes.
 
     Tensors of wide dtypes come first, otherwise in the order given, so that each starts at a multiple of its
     item's size. Raises OSError, and ValueError if an entry's bytes are not as many as its shape says.
@@ -95,8 +96,9 @@ def write_file(
                 advance(len(chunk))
             if written != entry.nbytes:
                 raise ValueError(f"tensor {entry.name} has {written} bytes, announced were {entry.nbytes}")
-        file.flush()
-        os.fsync(file.fileno())
+        if flush:
+            file.flush()
+            os.fsync(file.fileno())
     return digest.hexdigest()
 
 

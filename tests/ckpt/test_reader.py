@@ -66,7 +66,7 @@ def test_a_sharded_model_is_read(family: str, tmp_path: Path) -> None:
     assert len(checkpoint.files) > 2
     adapter = get_adapter(checkpoint.config)
     checkpoint.check_experts(adapter)
-    checkpoint.check_finite(adapter)
+    checkpoint.check_finite(adapter.groups(checkpoint.config))
     for file in checkpoint.files:
         for name, tensor in load_file(file).items():
             assert torch.equal(checkpoint.read(name), tensor)
@@ -287,4 +287,4 @@ def test_non_finite_experts_are_named(model: Path, value: float) -> None:
     edit_shard(shard_of(model, EXPERT), lambda tensors: tensors[EXPERT].view(-1)[77].fill_(value))
     checkpoint = Checkpoint(model)
     with pytest.raises(ModelError, match=EXPERT.replace(".", r"\.")):
-        checkpoint.check_finite(get_adapter(checkpoint.config))
+        checkpoint.check_finite(get_adapter(checkpoint.config).groups(checkpoint.config))
