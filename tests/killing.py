@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -56,3 +57,17 @@ def tree(directory: Path) -> dict[str, bytes | None]:
         str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
         for path in directory.rglob("*")
     }
+
+
+def written(output: Path) -> dict[str, Any]:
+    """What a run wrote, but for where it is and how long it took."""
+    files: dict[str, Any] = tree(output)
+    for name in [name for name in files if name.endswith("report.json")]:
+        report = json.loads(files[name])
+        assert report.pop("stages")
+        for key in ("memory", "output"):
+            report.pop(key)
+        recipe = name.replace("report.json", "recipe.yaml")
+        lines = files[recipe].decode().splitlines()
+        files |= {name: report, recipe: [line for line in lines if not line.startswith("output:")]}
+    return files

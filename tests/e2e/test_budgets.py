@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 from moe_rco import progress
 from moe_rco.ckpt.workdir import WorkDirectory
 from moe_rco.recipe import DEMO_CALIBRATION, DEMO_MODEL
+from tests import killing
 from tests.e2e.test_prune import expert_bytes, report_of, run
-from tests.killing import tree
 from tests.tiny_models import save_tiny
 
 RECIPE = """\
@@ -61,21 +61,6 @@ def written(recipe: Path) -> tuple[Path, str]:
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("quantise") == 2  # begun and done, once for both budgets
     return output, done.stdout
-
-
-def contents(output: Path) -> dict[str, Any]:
-    """All files; of reports everything but where they are and how long it took."""
-    files: dict[str, Any] = tree(output)
-    for part in PARTS:
-        report = json.loads(files[f"{part}/report.json"])
-        assert report.pop("stages")
-        assert Path(report.pop("output")).name == part
-        files[f"{part}/report.json"] = report
-        recipe = files[f"{part}/recipe.yaml"].decode()
-        files[f"{part}/recipe.yaml"] = [
-            line for line in recipe.splitlines() if not line.startswith("output:")
-        ]
-    return files
 
 
 @pytest.mark.slow
@@ -137,7 +122,7 @@ def test_killed_between_and_within_budgets_it_ends_in_the_same_files(
     done = run(command("prune", "--recipe", recipe, "--output", output))
     assert done.returncode == 0, done.stderr
     assert "50pct" not in done.stderr
-    assert contents(output) == contents(written[0])
+    assert killing.written(output) == killing.written(written[0])
     assert not work.path.exists()
 
 

@@ -25,7 +25,7 @@ from moe_rco import progress
 from moe_rco.ckpt.shards import read_manifest
 from moe_rco.ckpt.store import listed
 from moe_rco.ckpt.workdir import WorkDirectory
-from tests.killing import tree
+from tests.killing import written
 from tests.tiny_job import save_job
 
 SHARD_BYTES = 20_000
@@ -98,14 +98,6 @@ def undisturbed(recipe: Path, start: Callable[..., Started]) -> Path:
     run = start(recipe.parent / "undisturbed", "--recipe", str(recipe))
     assert run.ends() == 0, run.log
     return run.place / "out"
-
-
-def contents(output: Path) -> dict[str, Any]:
-    """All files of an output; of the report everything but how long it took."""
-    files: dict[str, Any] = tree(output)
-    report = json.loads(files["report.json"])
-    assert report.pop("stages")
-    return {**files, "report.json": report}
 
 
 def begun(work: WorkDirectory) -> int:
@@ -195,11 +187,11 @@ def test_killed_twenty_times_it_ends_in_the_same_bytes(
     assert names == {
         "lock", "run.json", "store", "measured.safetensors", "search.safetensors", "checkpoint", "shards.json"
     }  # fmt: skip
-    expected = contents(undisturbed)
+    expected = written(undisturbed)
     assert expected["report.json"]["winner"] == "rco, refined", (
         "nothing hangs on the search: choose another recipe"
     )
-    assert contents(place / "out") == expected
+    assert written(place / "out") == expected
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -10,10 +9,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from tests.killing import written
 from tests.tiny_job import save_job
 
 
@@ -39,34 +40,24 @@ def run(recipe: Path, output: Path, processes: int = 1) -> subprocess.CompletedP
     )
 
 
-def files(directory: Path) -> dict[str, bytes]:
-    """What a run wrote, but for its times and its place."""
-    found = {path.name: path.read_bytes() for path in directory.iterdir()}
-    report = json.loads(found.pop("report.json"))
-    for key in ("stages", "output"):
-        report.pop(key)
-    found["recipe.yaml"] = found["recipe.yaml"].rpartition(b"output:")[0]
-    return {**found, "report": json.dumps(report, sort_keys=True).encode()}
-
-
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A recipe for a tiny model, and what one process makes of it."""
     place = tmp_path_factory.mktemp("team")
     recipe = save_job(place, steps=12, refine=24)
     done = run(recipe, place / "alone")
     assert done.returncode == 0, done.stderr
-    return recipe, files(place / "alone")
+    return recipe, written(place / "alone")
 
 
 @pytest.mark.slow
-def test_two_processes_write_what_one_writes(alone: tuple[Path, dict[str, bytes]]) -> None:
+def test_two_processes_write_what_one_writes(alone: tuple[Path, dict[str, Any]]) -> None:
     recipe, expected = alone
     output = recipe.parent / "two"
     done = run(recipe, output, 2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Reloaded") == 1  # one of them talks
-    assert files(output) == expected
+    assert written(output) == expected
 
 
 def workers(parent: int) -> Iterator[psutil.Process]:
@@ -76,7 +67,7 @@ def workers(parent: int) -> Iterator[psutil.Process]:
 
 
 @pytest.mark.slow
-def test_a_lost_process_ends_the_run_and_one_alone_goes_on(alone: tuple[Path, dict[str, bytes]]) -> None:
+def test_a_lost_process_ends_the_run_and_one_alone_goes_on(alone: tuple[Path, dict[str, Any]]) -> None:
     recipe, expected = alone
     output = recipe.parent / "lost"
     work = output.with_name("lost.work")
@@ -99,4 +90,4 @@ def test_a_lost_process_ends_the_run_and_one_alone_goes_on(alone: tuple[Path, di
     assert "internal error" not in errors
     done = run(recipe, output)
     assert done.returncode == 0, done.stderr
-    assert files(output) == expected
+    assert written(output) == expected
