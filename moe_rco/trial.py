@@ -46,7 +46,7 @@ OF_EACH_BUDGET = (
     "judge the candidates", "search", "refine by races", "write the model", "measure on held-out text"
 )  # fmt: skip
 """The stages that every budget has for itself."""
-_WEIGHTS = 1 << 26
+_WEIGHTS = 1 << 24
 """Weights that are quantised, read and written for the measurement, if one expert does not have more."""
 
 
@@ -73,7 +73,7 @@ def stage_times(ready: Ready, progress: Progress) -> dict[str, float]:
     ):
         trial = _Trial(ready, Path(directory))
         found = trial.stages()
-        trial.bank.expect(())  # what was read ahead would stay
+        trial.bank.let_go()
         del trial
         gc.collect()
         give_back()

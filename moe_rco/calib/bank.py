@@ -120,6 +120,11 @@ class OptionBank:
         if self._window is not None:
             self._window.expect(dict.fromkeys(map(self._source, keys)))
 
+    def let_go(self) -> None:
+        """Give back what was read ahead."""
+        if self._window is not None:
+            self._window.clear()
+
     def _made(self, layer: int, store: Store | None) -> LayerBank:
         original, rows = self.original, self.table.rows(layer)
         self._store = store or self._store

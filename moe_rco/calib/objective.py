@@ -136,7 +136,10 @@ class AssignedModel:
                     rows[row] = total / len(states)
             return rows
 
-        size = min(len(pool), self.batch(pool.ids.shape[1]))
+        pieces = -(-len(pool) // self.batch(pool.ids.shape[1]))
+        if self.bank.streaming is None:
+            pieces += pieces % 2  # so that two processes have as much to do each, and one does not notice
+        size = -(-len(pool) // pieces)
         return np.concatenate(self.team.map(batch, list(pool.batches(size))))[: len(pool)]
 
     def effects(

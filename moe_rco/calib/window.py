@@ -37,6 +37,13 @@ class Window(Generic[Key, Value]):
                 self._thread.start()
             self._changed.notify_all()
 
+    def clear(self) -> None:
+        """Hold nothing, and expect nothing."""
+        self.expect(())
+        with self._changed:
+            self._held.clear()
+            self._bytes = 0
+
     def get(self, key: Key) -> Value:
         """The value of a key. Raises what `load` raises."""
         with self._changed:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -146,12 +147,27 @@ def _pack(values: Tensor, bits: int) -> Tensor:
 
 def _unpack(packed: Tensor, bits: int, length: int) -> Tensor:
     """The inverse of the library's packing, without its detours: streamed weights are unpacked all the time."""
-    offset = 1 << (bits - 1)
-    if 8 % bits == 0:  # the codes are parts of bytes, lowest first
-        words, shifts = packed.contiguous().view(torch.uint8), range(0, 8, bits)
+    packed = packed.contiguous()
+    if bits == 8:
+        values = (packed.view(torch.uint8) ^ 128).view(torch.int8)
+    elif 8 % bits == 0:  # the codes are parts of bytes, lowest first
+        table = (
+            _codes(bits, 8 // bits, packed.device).view(torch.int16 if bits == 4 else torch.int32).flatten()
+        )
+        values = table.index_select(0, packed.view(torch.uint8).flatten().int())
+        values = values.view(*packed.shape[:-1], -1).view(torch.int8)
     else:
-        words, shifts = packed, range(0, 32 - bits + 1, bits)
-    values = torch.empty((*words.shape, len(shifts)), dtype=torch.int8, device=packed.device)
-    for index, shift in enumerate(shifts):
-        values[..., index] = ((words >> shift) & ((1 << bits) - 1)).to(torch.int8) - offset
-    return values.flatten(-2)[..., :length].contiguous()
+        several = 32 // bits // 2
+        width = several * bits
+        halves = torch.stack([packed & ((1 << width) - 1), (packed >> width) & ((1 << width) - 1)], -1)
+        values = _codes(bits, several, packed.device).index_select(0, halves.flatten())
+        values = values.view(*packed.shape[:-1], -1)
+    return values[..., :length].contiguous()
+
+
+@cache
+def _codes(bits: int, several: int, device: torch.device) -> Tensor:
+    """The codes that a number stands for which holds `several` of them, lowest first: int8 [2^(bits several), several]."""
+    numbers = torch.arange(1 << (bits * several), device=device)
+    parts = [(numbers >> (bits * index)) & ((1 << bits) - 1) for index in range(several)]
+    return (torch.stack(parts, -1) - (1 << (bits - 1))).to(torch.int8)
