@@ -40,13 +40,13 @@ from moe_rco.ckpt.workdir import Part, WorkDirectory
 from moe_rco.clock import Clock
 from moe_rco.curve import Curve
 from moe_rco.errors import RecipeError
+from moe_rco.forecast import stage_times
 from moe_rco.job import Ready, Sized
 from moe_rco.plan import Plan, costs_digest
 from moe_rco.progress import Run, finished, part_names
 from moe_rco.recipe import Recipe
 from moe_rco.report import Preflight, Report
 from moe_rco.reporting import build_report
-from moe_rco.trial import stage_times
 from moe_rco.types import Assignment, Budget, Progress, Silent
 from moe_rco.verify import RELOAD_SEQUENCES, verify
 

@@ -19,10 +19,10 @@ from moe_rco.ckpt.rewrite import output_bytes
 from moe_rco.ckpt.stock import transformers_reads
 from moe_rco.errors import UserError
 from moe_rco.footprint import Footprint, Shapes, resident, streamed
+from moe_rco.forecast import OF_EACH_BUDGET, stage_times
 from moe_rco.job import Ready, Sized, open_inputs, size
 from moe_rco.recipe import Recipe
 from moe_rco.report import BudgetPart, OptionCost, Preflight
-from moe_rco.trial import OF_EACH_BUDGET, stage_times
 from moe_rco.types import Progress
 from moe_rco.units import format_size
 

@@ -15,37 +15,28 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from moe_rco.baselines import PROXY_STRIDE, output_errors
+from moe_rco.baselines import output_errors
 from moe_rco.calib.bank import OptionBank
-from moe_rco.calib.data import TokenPool, heldout_pool, load_tokenizer
+from moe_rco.calib.data import TokenPool
 from moe_rco.calib.fisher import fisher_effects
 from moe_rco.calib.losses import STRIDE
 from moe_rco.calib.objective import AssignedModel, Pass
 from moe_rco.calib.quantise import WORKSPACE, LayerQuantizer, RoutedTokens
 from moe_rco.calib.reference import Reference, divergence
 from moe_rco.calib.runner import Runner
-from moe_rco.calib.search import SEARCHES, knapsack
+from moe_rco.calib.search import knapsack
 from moe_rco.calib.streaming import give_back
 from moe_rco.calib.team import Team
 from moe_rco.ckpt.header import TensorInfo
-from moe_rco.ckpt.rewrite import output_bytes
 from moe_rco.ckpt.store import Store
 from moe_rco.ckpt.writer import from_tensor, write_file
 from moe_rco.job import Ready
-from moe_rco.optim.races import FIRST_HEAT
-from moe_rco.optim.solve import BACKWARD
 from moe_rco.quant.packing import cost_table
-from moe_rco.types import Budget, CostTable, Option, Progress, Silent
+from moe_rco.types import Budget, CostTable, Option, Silent
 
 ENOUGH = 0.3
 """Seconds after which a call is long enough to be measured."""
 _FIRST, _REPEATED = 64, 8
-_CANDIDATES = 5
-"""Assignments that are judged before a search, about."""
-OF_EACH_BUDGET = (
-    "judge the candidates", "search", "refine by races", "write the model", "measure on held-out text"
-)  # fmt: skip
-"""The stages that every budget has for itself."""
 _WEIGHTS = 1 << 24
 """Weights that are quantised, read and written for the measurement, if one expert does not have more."""
 
@@ -65,19 +56,38 @@ class Cost:
         return layers * (calls * self.call + tokens * self.token) + tokens * self.outside
 
 
-def stage_times(ready: Ready, progress: Progress) -> dict[str, float]:
-    """Seconds that each stage of a run by one process will take, for its first budget. Raises ModelError, StoreError."""
-    with (
-        progress.stage("measure how fast it goes", 1) as advance,
-        TemporaryDirectory(prefix="moe-rco-") as directory,
-    ):
+@dataclass(frozen=True)
+class Costs:
+    """What a run does, measured: running an assignment, a search step, measuring all options, and their output errors.
+
+    `quantise` are seconds for an expert at every option, `hessian` for a token of its calibration text, and `load` for making
+    all options of a layer, where they stay. `read`, `check` and `write` are for a byte: reading and hashing it, reading and
+    looking at it, and writing it. `batch` and `pair` say how many sequences go through the model together, in one pass or two.
+    """
+
+    forward: Cost
+    step: Cost
+    fisher: Cost
+    errors: Cost
+    quantise: float
+    hessian: float
+    load: float
+    read: float
+    check: float
+    write: float
+    batch: int
+    pair: int
+
+
+def measure_costs(ready: Ready) -> Costs:
+    """Try it on the model's first MoE layer. Raises ModelError, StoreError."""
+    with TemporaryDirectory(prefix="moe-rco-") as directory:
         trial = _Trial(ready, Path(directory))
-        found = trial.stages()
+        found = trial.costs()
         trial.bank.let_go()
-        del trial
-        gc.collect()
-        give_back()
-        advance(1)
+    del trial
+    gc.collect()
+    give_back()
     return found
 
 
@@ -85,22 +95,20 @@ class _Trial:
     """The first MoE layer of a model, some experts of which are quantised and stand for the others."""
 
     def __init__(self, ready: Ready, directory: Path) -> None:
-        self.ready, self.sized, self.recipe, self.directory = ready, ready.sized, ready.recipe, directory
+        self.ready, self.sized, self.directory = ready, ready.sized, directory
         self.layer = self.sized.table.layers[0]
         self.table = self._part(None)
         self.pool = ready.pools[0]
-        few = self._part(max(1, _WEIGHTS // self.table.groups[0].numel))
-        store, self.bank = Store(directory, ""), self._bank(self.table)
-        repeated: Any = _Repeated(store, self.table, few)
+        self.few = self._part(max(1, _WEIGHTS // self.table.groups[0].numel))
+        self.store, self.bank = Store(directory, ""), self._bank(self.table)
+        repeated: Any = _Repeated(self.store, self.table, self.few)
         self.empty, self.model = (
             AssignedModel(
                 self._runner(layers), self.sized.adapter, ready.checkpoint.config, self.bank, repeated
             )
             for layers in (0, self.layer + 1)
         )
-        ready.checkpoint.check_finite(few.groups)
-        self.quantising = self._quantise(few, store)
-        self.loading = self._seconds(lambda: self.model.states([None]))
+        ready.checkpoint.check_finite(self.few.groups)
 
     def _part(self, experts: int | None) -> CostTable:
         table = self.sized.table
@@ -116,58 +124,26 @@ class _Trial:
         ready, sized = self.ready, self.sized
         return Runner(ready.checkpoint, sized.adapter, sized.device, sized.dtype, ready.streaming, layers)
 
-    def stages(self) -> dict[str, float]:
-        sized, recipe, search = self.sized, self.recipe, self.recipe.search
-        layers, length = len(sized.table.layers), self.pool.ids.shape[1]
-        every, train, kept_out = (
-            sum(map(len, self.ready.pools)), len(self.pool), len(self.ready.pools[1]),
-        )  # fmt: skip
-        tokenizer = load_tokenizer(self.ready.checkpoint.directory)
-        held_out = len(heldout_pool(recipe.calibration, tokenizer, self.ready.pools[1]))
-        batch = self.model.batch(length)
-        forward, step, fisher, errors = self._costs(batch * length)
-
-        def run(cost: Cost, sequences: int, together: int) -> float:
-            return cost.of(layers, sequences * length, -(-sequences // max(1, together)))
-
+    def costs(self) -> Costs:
+        length = self.pool.ids.shape[1]
+        batch, pair = (self.model.batch(length, passes) for passes in (1, 2))
+        quantise, hessian = self._quantise()
+        load = self._seconds(lambda: self.model.states([None]))
+        forward, step, fisher, errors = (self._cost(work, batch * length) for work in self._works())
         read, check, write = self._files()
-        steps = search.search_steps * search.samples
-        samples = max(1, batch // search.batch) if self.model.bank.streaming else 1
-        if search.method == "evolution":
-            step = forward
-            steps *= 1 + BACKWARD
-        judged = run(forward, kept_out, batch)
-        searches = search.method in SEARCHES
-        evaluations = search.search_steps // search.evaluate_every
-        raced = search.races * search.samples * (1 + BACKWARD) * search.batch
-        original = sized.table.original_bytes
-        others = output_bytes(self.ready.checkpoint, sized.adapter, 0)
-        times = {
-            "check expert weights": original * check,
-            "read the weights": (original + others) * read,
-            "calibrate and quantise": run(forward, every, batch) + self.quantising(train * length),
-            "measure every option": run(fisher, train, self.model.batch(length, 2)),
-            "measure output errors": run(errors, train // PROXY_STRIDE, batch),
-            "judge the candidates": _CANDIDATES * judged,
-            "search": run(step, steps * search.batch, samples * search.batch) + evaluations * judged,
-            "refine by races": run(forward, raced, min(batch, FIRST_HEAT)),
-            "write the model": (sized.budgets[0].bytes + others) * write,
-            "measure on held-out text": 2 * run(forward, held_out, batch),
-        }
-        # What the options take to be made, where all of them are kept.
-        times["measure every option"] += layers * self.loading
-        unused = () if searches else ("search", "refine by races")
-        return {name: round(seconds, 3) for name, seconds in times.items() if name not in unused}
+        return Costs(
+            forward, step, fisher, errors, quantise, hessian, load, read, check, write, batch, pair
+        )  # fmt: skip
 
-    def _costs(self, most: int) -> list[Cost]:
-        """Of running an assignment, a search step, and measuring every option and output errors; for calls of up to `most`."""
+    def _works(self) -> tuple[Work, Work, Work, Work]:
+        """What the first four of the costs are of."""
         budget = self.sized.budgets[0].bytes * self.table.original_bytes // self.sized.table.original_bytes
         losses = np.random.default_rng(0).random(self.table.costs.shape)
         low, high = self.table.range
         choice = knapsack(losses, self.table, Budget(min(max(budget, low), high), "")).choice
 
         def forward(model: AssignedModel, pool: TokenPool) -> None:
-            model.divergences(choice, pool, reference(len(pool), pool.ids.shape[1]))
+            model.own_divergences(choice, pool.ids, reference(len(pool), pool.ids.shape[1]))
 
         def step(model: AssignedModel, pool: TokenPool) -> None:
             target = reference(len(pool), pool.ids.shape[1])
@@ -187,14 +163,14 @@ class _Trial:
             made = Reference.empty(sequences, length, self.model.runner.vocab_size)
             for part in (made.ids, made.log_p, made.log_rest):
                 part.fill_(-5 if part.is_floating_point() else 1)
-            return made
+            return made.of(slice(None), self.sized.device)
 
-        return [self._cost(work, most) for work in (forward, step, fisher, errors)]
+        return forward, step, fisher, errors
 
     def _cost(self, work: Work, most: int) -> Cost:
+        """From a call of up to `most` tokens and one of a quarter."""
         tokens = min(_FIRST, most)
         with np.errstate(invalid="ignore"):  # without layers, what is measured in them is of no tokens
-            self._time(work, self.model, tokens)  # reads what is kept
             while (long := self._time(work, self.model, tokens)) < ENOUGH and 2 * tokens <= most:
                 tokens *= 2
             short = max(1, tokens // 4)
@@ -205,7 +181,7 @@ class _Trial:
 
     def _time(self, work: Work, model: AssignedModel, tokens: int) -> float:
         pool = self._text(tokens)
-        return self._seconds(lambda: work(model, pool))
+        return self._warm(lambda: work(model, pool))
 
     def _text(self, tokens: int) -> TokenPool:
         """About so many tokens of the calibration text."""
@@ -214,9 +190,9 @@ class _Trial:
         return TokenPool(self.pool.ids[rows, :length], tuple(self.pool.domains[row] for row in rows))
 
     def _warm(self, work: Callable[[], Any]) -> float:
-        """Seconds of a second call, if the first did not take so long that what only it does is little of it."""
+        """Seconds of the faster of two calls, if the first did not take so long that what only it does is little of it."""
         first = self._seconds(work)
-        return first if first > 10 * ENOUGH else self._seconds(work)
+        return first if first > 10 * ENOUGH else min(first, self._seconds(work))
 
     def _seconds(self, work: Callable[[], Any]) -> float:
         start = time.perf_counter()
@@ -226,29 +202,26 @@ class _Trial:
         return time.perf_counter() - start
 
     @torch.no_grad()
-    def _quantise(self, few: CostTable, store: Store) -> Callable[[int], float]:
-        """Quantises some experts, and returns what all take, by the calibration tokens for gradients."""
-        runner, experts, table = self.model.runner, len(few.groups), self.sized.table
+    def _quantise(self) -> tuple[float, float]:
+        """Seconds for an expert, and for a token of its calibration text."""
+        runner, few = self.model.runner, self.few
+        experts, options = len(few.groups), [option for option in few.options if option.is_quantized]
         x = self._inputs(self._text(2 * _FIRST).ids)
         ids = torch.arange(experts, device=x.device).expand(len(x), -1)
         tokens = RoutedTokens(x, torch.ones(ids.shape, device=x.device), ids, len(x), experts)
-        options = [option for option in few.options if option.is_quantized]
-        method = self.recipe.quantizer.method if options else "rtn"
-        streaming = self.ready.streaming
-        bank = self._bank(few).layer(self.layer)
-        quantizer = LayerQuantizer(
-            bank, tokens, method, WORKSPACE if streaming is None else streaming.workspace
-        )
+        method = self.ready.recipe.quantizer.method if options else "rtn"
+        streaming, bank = self.ready.streaming, self._bank(few).layer(self.layer)
+        workspace = WORKSPACE if streaming is None else streaming.workspace
+        quantizer = LayerQuantizer(bank, tokens, method, workspace)
         (part,) = tokens.of(0, runner.device)
         number, inputs, weight = (values.repeat(_REPEATED, *[1] * (values.ndim - 1)) for values in part)
         hidden = bank.gated(F.linear(inputs, bank.weights(0, bank.original)[0]))
         # Every token counts for its expert's second moments and for the layer's.
         hessian = 2 * self._warm(lambda: quantizer.see(0, number, inputs, weight, hidden)) / len(inputs)
         seconds = self._warm(
-            lambda: quantizer.quantise(self.layer, options, few, store, lambda _: None, Team())
+            lambda: quantizer.quantise(self.layer, options, few, self.store, lambda _: None, Team())
         )
-        each, routed = seconds / experts, len(table.layers) * self.model.top_k
-        return lambda gradient: each * len(table.groups) + hessian * routed * gradient
+        return seconds / experts, hessian
 
     def _inputs(self, ids: torch.Tensor) -> torch.Tensor:
         """What goes into the layer's experts, [T, H]."""

@@ -37,6 +37,7 @@ ROOMS = (
     "job",
     "footprint",
     "trial",
+    "forecast",
     "preflight",
     "clock",
     "reporting",

@@ -119,28 +119,32 @@ class AssignedModel:
             self.bank.expect((at, *pair) for at in near for pair in _needed(states[at], every))
             yield index, layer
 
-    @torch.no_grad()
     def divergences(self, choice: np.ndarray, pool: TokenPool, reference: Reference) -> np.ndarray:
         """Mean KL to the reference of each sequence of a pool under `choice` [groups], float64 [sequences]."""
 
-        def batch(at: tuple[slice, torch.Tensor]) -> np.ndarray:
-            part, ids = at
+        def piece(at: tuple[slice, torch.Tensor]) -> np.ndarray:
             rows = np.full(size, np.nan)
-            target, hidden = reference.of(part, self.runner.device), self.hidden(ids, choice)
-            with self.runner.head() as logits:
-                for row, states in enumerate(hidden):
-                    total = sum(
-                        float(divergence(target.at(row, positions), logits(states[positions])).double().sum())
-                        for positions in self.positions(len(states))
-                    )
-                    rows[row] = total / len(states)
+            rows[: len(at[1])] = self.own_divergences(choice, at[1], reference.of(at[0], self.runner.device))
             return rows
 
         pieces = -(-len(pool) // self.batch(pool.ids.shape[1]))
         if self.bank.streaming is None:
             pieces += pieces % 2  # so that two processes have as much to do each, and one does not notice
         size = -(-len(pool) // pieces)
-        return np.concatenate(self.team.map(batch, list(pool.batches(size))))[: len(pool)]
+        return np.concatenate(self.team.map(piece, list(pool.batches(size))))[: len(pool)]
+
+    @torch.no_grad()
+    def own_divergences(self, choice: np.ndarray, ids: torch.Tensor, target: Reference) -> np.ndarray:
+        """As `divergences`, of some sequences ids [B, S] together and by this process alone; the target is on the device."""
+        rows, hidden = [], self.hidden(ids, choice)
+        with self.runner.head() as logits:
+            for row, states in enumerate(hidden):
+                total = sum(
+                    float(divergence(target.at(row, positions), logits(states[positions])).double().sum())
+                    for positions in self.positions(len(states))
+                )
+                rows.append(total / len(states))
+        return np.array(rows)
 
     def effects(
         self, passes: Sequence[Pass], ids: torch.Tensor, stride: int = 1

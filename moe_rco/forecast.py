@@ -1,0 +1,61 @@
+"""How long every stage of a run will take: how often it does something, times what that was measured to cost."""
+
+from __future__ import annotations
+
+from moe_rco.baselines import PROXY_STRIDE
+from moe_rco.calib.data import heldout_pool, load_tokenizer
+from moe_rco.calib.search import SEARCHES
+from moe_rco.ckpt.rewrite import output_bytes
+from moe_rco.job import Ready
+from moe_rco.optim.races import FIRST_HEAT
+from moe_rco.optim.solve import BACKWARD
+from moe_rco.trial import Cost, measure_costs
+from moe_rco.types import Progress
+
+OF_EACH_BUDGET = (
+    "judge the candidates", "search", "refine by races", "write the model", "measure on held-out text"
+)  # fmt: skip
+"""The stages that every budget has for itself."""
+_CANDIDATES = 5
+"""Assignments that are judged before a search, about."""
+
+
+def stage_times(ready: Ready, progress: Progress) -> dict[str, float]:
+    """Seconds that each stage of a run by one process will take, for its first budget. Raises ModelError, StoreError."""
+    sized, search, checkpoint = ready.sized, ready.recipe.search, ready.checkpoint
+    with progress.stage("measure how fast it goes", 1) as advance:
+        costs = measure_costs(ready)
+        advance(1)
+    table, (train, kept_out) = sized.table, ready.pools
+    layers, length = len(table.layers), train.ids.shape[1]
+    heldout = heldout_pool(ready.recipe.calibration, load_tokenizer(checkpoint.directory), kept_out)
+
+    def run(cost: Cost, sequences: int, together: int = costs.batch) -> float:
+        return cost.of(layers, sequences * length, -(-sequences // max(1, together)))
+
+    quantising = (
+        costs.quantise * len(table.groups) + costs.hessian * layers * table.floor * len(train) * length
+    )
+    judging = run(costs.forward, len(kept_out))
+    # Where weights are streamed, several samples share a call.
+    together = search.batch if ready.streaming is None else max(search.batch, costs.batch)
+    tried = search.search_steps * search.samples * search.batch
+    steps = run(costs.step, tried, together)
+    if search.method == "evolution":
+        steps = run(costs.forward, tried * (1 + BACKWARD))
+    raced = search.races * search.samples * search.batch * (1 + BACKWARD)
+    others = output_bytes(checkpoint, sized.adapter, 0)
+    times = {
+        "check expert weights": table.original_bytes * costs.check,
+        "read the weights": (table.original_bytes + others) * costs.read,
+        "calibrate and quantise": run(costs.forward, len(train) + len(kept_out)) + quantising,
+        "measure every option": layers * costs.load + run(costs.fisher, len(train), costs.pair),
+        "measure output errors": run(costs.errors, len(train) // PROXY_STRIDE),
+        "judge the candidates": _CANDIDATES * judging,
+        "search": steps + search.search_steps // search.evaluate_every * judging,
+        "refine by races": run(costs.forward, raced, min(costs.batch, FIRST_HEAT // 2)),
+        "write the model": (sized.budgets[0].bytes + others) * costs.write,
+        "measure on held-out text": 2 * run(costs.forward, len(heldout)),
+    }
+    unused = () if search.method in SEARCHES else ("search", "refine by races")
+    return {name: round(seconds, 3) for name, seconds in times.items() if name not in unused}
