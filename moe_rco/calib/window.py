@@ -42,7 +42,7 @@ class Window(Generic[Key, Value]):
         self.expect(())
         with self._changed:
             self._held.clear()
-            self._bytes = 0
+            self._bytes, self._loading = 0, None
 
     def get(self, key: Key) -> Value:
         """The value of a key. Raises what `load` raises."""
@@ -78,9 +78,10 @@ class Window(Generic[Key, Value]):
                     self._changed.notify_all()
                 continue
             with self._changed:
-                self._loading = None
-                self._make_room(self._size(value))
-                self._keep(key, value)
+                if self._loading == key:  # else it was let go meanwhile
+                    self._loading = None
+                    self._make_room(self._size(value))
+                    self._keep(key, value)
                 self._changed.notify_all()
 
     def _next(self) -> Key | None:

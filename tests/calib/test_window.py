@@ -96,3 +96,17 @@ def test_no_thread_stays_behind() -> None:
     while window._thread is not None and time.monotonic() < deadline:
         time.sleep(0.001)
     assert window._thread is None
+
+
+def test_what_was_let_go_is_held_no_more_and_comes_back_when_asked_for() -> None:
+    source = Source()
+    window: Window[int, int] = Window(source.load, lambda _: 1, 10)
+    window.expect(range(5))
+    assert window.get(4) == 40
+    window.clear()
+    deadline = time.monotonic() + 10
+    while window._thread is not None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert held(window) == 0
+    assert window.get(2) == 20
+    assert source.loaded.count(2) == 2

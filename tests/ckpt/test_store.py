@@ -201,3 +201,28 @@ def test_the_same_tensors_give_the_same_bytes(tmp_path: Path) -> None:
     ]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert files[2].read_bytes() == files[3].read_bytes()
+
+
+def test_parts_make_the_same_file_as_the_whole(tmp_path: Path) -> None:
+    """However the experts were shared out; and nothing of the parts stays."""
+    whole, parted = Store(tmp_path / "whole", "f"), Store(tmp_path / "parted", "f")
+    whole.write(1, INT4, TENSORS)
+    names = list(TENSORS)
+    for number, part in ((7, names[2:]), (0, names[:2])):
+        parted.write_part(1, INT4, number, {name: TENSORS[name] for name in part})
+    parted.write_part(1, INT2, 0, TENSORS)
+    assert not parted.has(1, INT4)
+    parted.join(1, INT4)
+    assert parted.digest(1, INT4) == whole.digest(1, INT4)
+    assert same(parted.read(1, INT4), TENSORS)
+    assert [path.name for path in parted.directory.glob("*.tmp")] == ["layer-1.int2-g64.safetensors.0.tmp"]
+
+
+def test_a_damaged_part_is_told(tmp_path: Path) -> None:
+    store = Store(tmp_path, "f")
+    store.write_part(1, INT4, 0, TENSORS)
+    (part,) = tmp_path.glob("*.tmp")
+    part.write_bytes(part.read_bytes()[:20])
+    with pytest.raises(StoreError, match="cannot join the parts of layer 1 at int4-g64"):
+        store.join(1, INT4)
+    assert not store.has(1, INT4)
