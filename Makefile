@@ -19,7 +19,7 @@ demo: $(VENV)/.installed
 	$(BIN)/moe-rco prune --recipe recipes/demo.yaml --overwrite
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-vllm:
 	$(PYTHON) -m venv .venv-vllm-$(VLLM)

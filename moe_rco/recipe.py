@@ -87,6 +87,11 @@ def _or_defaults(value: object) -> object:
     return {} if value is None else value
 
 
+def _execution(value: object) -> object:
+    """`execution: streaming` says the mode alone."""
+    return {"mode": value} if isinstance(value, str) else _or_defaults(value)
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -207,7 +212,7 @@ class Recipe(_Section):
     quantizer: Annotated[Quantizer, BeforeValidator(_or_defaults)] = Quantizer()
     calibration: Calibration
     search: Annotated[Search, BeforeValidator(_or_defaults)] = Search()
-    execution: Annotated[Execution, BeforeValidator(_or_defaults)] = Execution()
+    execution: Annotated[Execution, BeforeValidator(_execution)] = Execution()
     output: str = Field(min_length=1)
 
     @model_validator(mode="after")

@@ -125,6 +125,7 @@ REFUSED = [
         ["r.yaml:3: options: int2-g64 and int3", "neither vLLM nor transformers", "layout: mixed"],
     ),
     ("output:", "execution: {device: gpu}\noutput:", ["execution.device: must be auto, cpu", "not 'gpu'"]),
+    ("output:", "execution: steaming\noutput:", ["execution.mode: must be", "did you mean 'streaming'?"]),
     ("output:", "execution: {memory_limit: lots}\noutput:", ["execution.memory_limit: 'lots' is not a size"]),
     ("output:", "quantizer: {method: gptqq}\noutput:", ["quantizer.method", "did you mean 'gptq'?"]),
     (
@@ -199,6 +200,10 @@ def test_words_read_as_in_yaml_1_2() -> None:
 
 def test_an_empty_section_means_its_defaults() -> None:
     assert parse(MINIMAL + "search:\nquantizer:\n") == parse(MINIMAL)
+
+
+def test_execution_may_be_the_mode_alone() -> None:
+    assert parse(MINIMAL + "execution: streaming\n") == parse(MINIMAL + "execution: {mode: streaming}\n")
 
 
 def test_overrides_change_any_key() -> None:
