@@ -169,7 +169,8 @@ class _Trial:
 
     def _cost(self, work: Work, most: int) -> Cost:
         """From a call of up to `most` tokens and one of a quarter."""
-        tokens = min(_FIRST, most)
+        # A quarter of it still comes to nearly all experts: what they take to be read is not to count for the tokens.
+        tokens = min(most, max(_FIRST, 16 * len(self.table.groups) // self.model.top_k))
         with np.errstate(invalid="ignore"):  # without layers, what is measured in them is of no tokens
             while (long := self._time(work, self.model, tokens)) < ENOUGH and 2 * tokens <= most:
                 tokens *= 2
@@ -218,10 +219,12 @@ class _Trial:
         hidden = bank.gated(F.linear(inputs, bank.weights(0, bank.original)[0]))
         # Every token counts for its expert's second moments and for the layer's.
         hessian = 2 * self._warm(lambda: quantizer.see(0, number, inputs, weight, hidden)) / len(inputs)
-        seconds = self._warm(
-            lambda: quantizer.quantise(self.layer, options, few, self.store, lambda _: None, Team())
-        )
-        return seconds / experts, hessian
+
+        def quantise() -> None:
+            quantizer.quantise(self.layer, options, few, self.store, lambda _: None, Team())
+
+        quantise()  # what is done only once is nothing beside all experts
+        return self._seconds(quantise) / experts, hessian
 
     def _inputs(self, ids: torch.Tensor) -> torch.Tensor:
         """What goes into the layer's experts, [T, H]."""
