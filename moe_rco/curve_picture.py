@@ -10,7 +10,7 @@ from html import escape
 from moe_rco.units import format_size
 
 _WIDTH, _HEIGHT, _TOP = 460, 340, 60
-_LEFT, _RIGHT, _BELOW = 70, 20, 60
+_LEFT, _RIGHT, _BELOW = 70, 40, 60
 _LINE, _FAINT, _INK = "#277f8e", "#b8b8b8", "#333333"
 
 
