@@ -161,6 +161,62 @@ def test_dry_run_shows_sizes_and_that_nothing_was_written() -> None:
         assert part in text
 
 
+def test_the_dry_run_has_every_stage_and_the_run_says_the_longest() -> None:
+    told = preflight(
+        stages={"calibrate and quantise": 100.0, "search": 20.0}, streamed=True, device_memory=2**31
+    )
+    target = screen()
+    console.show_preflight(told, target)
+    for part in ("about 2 min 00 s", "calibrate and quantise: 1 min 40 s", "search: 20.0 s"):
+        assert part in shown(target)
+    target = screen()
+    console.show_forecast(told, target)
+    assert shown(target).split() == [
+        "Takes",
+        "about",
+        "1.00",
+        "GiB",
+        "of",
+        "memory",
+        "and",
+        "2.00",
+        "GiB",
+        "on",
+        "the",
+        "device",
+        "(weights",
+        "streamed",
+        "from",
+        "disk),",
+        "16.00",
+        "MiB",
+        "of",
+        "disk,",
+        "and",
+        "2",
+        "min",
+        "00",
+        "s,",
+        "most",
+        "for:",
+        "calibrate",
+        "and",
+        "quantise.",
+    ]
+
+
+def test_the_summary_compares_what_was_predicted() -> None:
+    stages = [{"name": "search", "seconds": 61.0, "predicted": 59.0}, {"name": "rest", "seconds": 2.0}]
+    memory = {"host": 2**30, "predicted_host": 2**29, "device": 2**31, "predicted_device": 2**32}
+    target = screen()
+    console.show_summary(report(stages=stages, memory=memory), target)
+    for part in (
+        "Time: 1 min 03 s (predicted 59.0 s)",
+        "Memory: 1.00 GiB (predicted 512.00 MiB), 2.00 GiB on the device",
+    ):
+        assert part in shown(target)
+
+
 class Clock:
     def __init__(self) -> None:
         self.now = 0.0
