@@ -116,8 +116,17 @@ def test_several_widths_are_checked_by_our_reader(model: Path, tmp_path: Path) -
         ("mixed", "[int4, int8]", False),
     ],
 )
-def test_a_dry_run_warns_of_several_widths(model: Path, layout: str, options: str, told: bool) -> None:
-    sets = (*SETTINGS, f"model={model}", f"options={options}", f"layout={layout}", "budget.ratio=0.6")
+def test_a_dry_run_warns_of_several_widths(
+    model: Path, tmp_path: Path, layout: str, options: str, told: bool
+) -> None:
+    sets = (
+        *SETTINGS,
+        f"output={tmp_path / 'out'}",
+        f"model={model}",
+        f"options={options}",
+        f"layout={layout}",
+        "budget.ratio=0.6",
+    )
     found = preflight(load("demo", sets))
     assert found.layout == layout
     assert any("not by transformers" in warning for warning in found.warnings) == told
