@@ -285,7 +285,8 @@ def eval_(
     DIRECTORY holds what `prune` wrote, or any model. Scores, their differences and whether these are more than chance are shown
     and, for what `prune` wrote, kept in its report.json.
     """
-    from moe_rco import console, console_scores, scoring
+    from moe_rco import console, scoring
+    from moe_rco.console.scores import show_scores
 
     scoring.needs_installed(options["backend"])
     if baseline is not None and no_baseline:
@@ -304,7 +305,7 @@ def eval_(
         progress=console.RichProgress(),
         say=lambda line: click.echo(line, err=True),
     )
-    console_scores.show_scores(outcome)
+    show_scores(outcome)
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_rco.report import Report
+from moe_rco.report import Preflight, Report, TaskScore
 
 LAYERS = [
     ["prune", "int4-g64", "int4-g64", "bf16", "int2-g64", "int8-g64", "prune", "int3-g64"],
@@ -72,3 +72,63 @@ def report_data() -> dict[str, Any]:
 
 def report(**changes: Any) -> Report:
     return Report.model_validate({**report_data(), **changes})
+
+
+def preflight(**changes: object) -> Preflight:
+    data: dict[str, object] = {
+        "model": "demo",
+        "family": "qwen3_moe",
+        "layers": 6,
+        "experts_per_layer": 32,
+        "top_k": 4,
+        "options": [
+            {"name": "prune", "bytes_per_expert": 0},
+            {"name": "int4-g64", "bytes_per_expert": 13_000},
+        ],
+        "experts_before": 9_437_184,
+        "smallest": 300_000,
+        "largest": 9_437_184,
+        "budgets": [{"text": "ratio 0.25", "bytes": 2_359_296}],
+        "sequences": 640,
+        "tokens": 163_840,
+        "holdout_sequences": 128,
+        "search_method": "rco",
+        "search_steps": 60,
+        "search_races": 0,
+        "search_samples": 4,
+        "output": "out/demo",
+        "disk_needed": 2**24,
+        "disk_free": 2**36,
+        "memory": 2**30,
+    }
+    return Preflight.model_validate({**data, **changes}, strict=False)
+
+
+def score(task: str, metric: str = "acc", **changes: Any) -> TaskScore:
+    """A score 0.05 below the original's, significant."""
+    values: dict[str, Any] = {
+        "backend": "hf",
+        "task": task,
+        "group": None,
+        "metric": metric,
+        "filter": "none",
+        "num_fewshot": 0,
+        "limit": None,
+        "dtype": "float32",
+        "higher_is_better": True,
+        "items": 1234,
+        "score": 0.65,
+        "stderr": 0.0125,
+        "files": "eval/hf/x",
+        "baseline": {
+            "model": "demo",
+            "digest": "a" * 64,
+            "score": 0.7,
+            "stderr": 0.0121,
+            "difference": -0.05,
+            "difference_stderr": 0.0123,
+            "p": 0.0321,
+            "test": "McNemar, exact",
+        },
+    }
+    return TaskScore.model_validate({**values, **changes})

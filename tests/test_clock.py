@@ -6,7 +6,7 @@ import numpy as np
 
 from moe_rco.clock import Clock
 from moe_rco.types import Silent
-from tests.test_console import preflight
+from tests.reports import preflight
 
 
 def test_stages_have_their_own_name_whatever_the_budget_and_their_prediction() -> None:

@@ -48,12 +48,11 @@ ROOMS = (
     "template",
     "heatmap",
     "console",
-    "console_scores",
     "cli",
 )
 # Its solver takes costs and a loss: it must not come to know what a model, a recipe or a file is.
 OPTIM_MAY_IMPORT = {"optim", "errors", "types"}
-SCREEN = {"console", "console_scores", "cli"}
+SCREEN = {"console", "cli"}
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 

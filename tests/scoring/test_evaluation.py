@@ -13,8 +13,7 @@ from moe_rco.report import FILE_NAME, Report
 from moe_rco.scoring import is_demo
 from moe_rco.scoring.evaluation import _key
 from moe_rco.scoring.settings import make_settings
-from tests.reports import report
-from tests.test_console_scores import row
+from tests.reports import report, score
 
 
 @pytest.fixture
@@ -54,8 +53,8 @@ def test_a_cached_result_is_of_this_model_and_these_task_files(own_tasks: Path) 
 
 
 def test_scores_accumulate_in_the_report_and_later_ones_replace_earlier(tmp_path: Path) -> None:
-    first = report().with_scores([row("b"), row("a"), row("a", "acc_norm")])
-    second = first.with_scores([row("a", score=0.5), row("a", limit=3), row("a", backend="vllm")])
+    first = report().with_scores([score("b"), score("a"), score("a", "acc_norm")])
+    second = first.with_scores([score("a", score=0.5), score("a", limit=3), score("a", backend="vllm")])
     assert [
         (score.task, score.metric, score.backend, score.limit, score.score) for score in second.scores
     ] == [
@@ -85,7 +84,7 @@ def test_a_report_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr("moe_rco.report.os.replace", fails)
     with pytest.raises(OSError, match="no"):
-        report().with_scores([row("a")]).save(tmp_path)
+        report().with_scores([score("a")]).save(tmp_path)
     assert (tmp_path / FILE_NAME).read_bytes() == before
 
 

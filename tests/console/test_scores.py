@@ -6,40 +6,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from moe_rco.console_scores import show_scores
+from moe_rco.console.scores import show_scores
 from moe_rco.report import TaskScore
 from moe_rco.scoring import Outcome
-from tests.test_console import screen, shown
-
-
-def row(task: str, metric: str = "acc", **changes: Any) -> TaskScore:
-    """A score 0.05 below the original's, significant."""
-    values: dict[str, Any] = {
-        "backend": "hf",
-        "task": task,
-        "group": None,
-        "metric": metric,
-        "filter": "none",
-        "num_fewshot": 0,
-        "limit": None,
-        "dtype": "float32",
-        "higher_is_better": True,
-        "items": 1234,
-        "score": 0.65,
-        "stderr": 0.0125,
-        "files": "eval/hf/x",
-        "baseline": {
-            "model": "demo",
-            "digest": "a" * 64,
-            "score": 0.7,
-            "stderr": 0.0121,
-            "difference": -0.05,
-            "difference_stderr": 0.0123,
-            "p": 0.0321,
-            "test": "McNemar, exact",
-        },
-    }
-    return TaskScore.model_validate({**values, **changes})
+from tests.console.screens import screen, shown
+from tests.reports import score
 
 
 def table(*rows: TaskScore, width: int = 80, baseline: str | None = "demo") -> str:
@@ -49,11 +20,11 @@ def table(*rows: TaskScore, width: int = 80, baseline: str | None = "demo") -> s
 
 
 def base(**changes: Any) -> dict[str, Any]:
-    return {**row("x").model_dump()["baseline"], **changes}
+    return {**score("x").model_dump()["baseline"], **changes}
 
 
 def test_a_row_has_both_scores_their_difference_and_whether_it_is_more_than_chance() -> None:
-    text = table(row("arc_easy"))
+    text = table(score("arc_easy"))
     assert re.search(r"arc_easy +0\.700 ±0\.012 +0\.650 ±0\.013 +-0\.0500 ±0\.0123 +0\.032 +worse", text)
     for part in (
         "out/[demo] (hf, float32)",
@@ -66,11 +37,11 @@ def test_a_row_has_both_scores_their_difference_and_whether_it_is_more_than_chan
 
 
 def test_better_and_worse_follow_the_metric() -> None:
-    lower = row("wikitext", "word_perplexity", higher_is_better=False)
-    unknown = row("odd", "f2", higher_is_better=None)
-    chance = row("same", "acc", baseline=base(p=0.05))
-    none = row("f1", "f1", baseline=base(p=None, test=None, difference_stderr=None))
-    tiny = row("tiny", "acc", baseline=base(p=0.0001))
+    lower = score("wikitext", "word_perplexity", higher_is_better=False)
+    unknown = score("odd", "f2", higher_is_better=None)
+    chance = score("same", "acc", baseline=base(p=0.05))
+    none = score("f1", "f1", baseline=base(p=None, test=None, difference_stderr=None))
+    tiny = score("tiny", "acc", baseline=base(p=0.0001))
     lines = {
         name: next(
             line for line in table(lower, unknown, chance, none, tiny).splitlines() if f"  {name} " in line
@@ -86,12 +57,12 @@ def test_better_and_worse_follow_the_metric() -> None:
 
 def test_metrics_head_their_tasks_and_members_of_a_group_are_left_out() -> None:
     text = table(
-        row("mmlu"),
-        row("mmlu_anatomy", group="mmlu"),
-        row("arc_easy"),
-        row("arc_easy", "acc_norm"),
-        row("gsm8k", "exact_match", filter="strict-match"),
-        row("wikitext", "perplexity", higher_is_better=False),
+        score("mmlu"),
+        score("mmlu_anatomy", group="mmlu"),
+        score("arc_easy"),
+        score("arc_easy", "acc_norm"),
+        score("gsm8k", "exact_match", filter="strict-match"),
+        score("wikitext", "perplexity", higher_is_better=False),
         width=100,
     )
     names = [line.split("  0")[0].rstrip() for line in text.splitlines()[3:12]]
@@ -104,8 +75,8 @@ def test_metrics_head_their_tasks_and_members_of_a_group_are_left_out() -> None:
 def test_it_fits_eighty_columns() -> None:
     long = "mmlu_flan_cot_zeroshot_high_school_european_history"
     rows = [
-        row(long, score=0.123, baseline=base(p=0.0001)),
-        row(
+        score(long, score=0.123, baseline=base(p=0.0001)),
+        score(
             "lambada",
             "perplexity",
             score=12345.6789,
@@ -120,10 +91,10 @@ def test_it_fits_eighty_columns() -> None:
 
 
 def test_without_an_original_there_are_scores_and_counts() -> None:
-    text = table(row("arc_easy", baseline=None), baseline=None)
+    text = table(score("arc_easy", baseline=None), baseline=None)
     assert re.search(r"arc_easy +0\.650 ±0\.013 +1,234", text)
     assert "original" not in text
 
 
 def test_a_limit_is_told() -> None:
-    assert "at most 5 items per task" in table(row("arc_easy", limit=5))
+    assert "at most 5 items per task" in table(score("arc_easy", limit=5))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from moe_rco.console import stdout
+from moe_rco.console.parts import stdout
 from moe_rco.report import TaskScore
 from moe_rco.scoring import Outcome
 from moe_rco.scoring.paired import SIGNIFICANT

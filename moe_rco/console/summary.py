@@ -1,0 +1,142 @@
+"""What a run ends with."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from moe_rco.console.map import show_map
+from moe_rco.console.parts import share, show, stdout, table_of
+from moe_rco.curve import Curve
+from moe_rco.report import Report, StockPart
+from moe_rco.units import format_duration, format_size
+
+
+def show_summary(report: Report, console: Console | None = None) -> None:
+    """What `prune` ends with."""
+    console = console or stdout()
+    sizes = report.bytes
+    console.rule(f"{report.model} ({report.family})")
+
+    table = table_of("", "size>", "bytes>", "of before>")
+    for name, size in (
+        ("before", sizes.experts_before),
+        (f"budget ({report.budget.text})", sizes.budget),
+        ("after", sizes.experts_after),
+    ):
+        style = "bold" if name == "after" else None
+        table.add_row(name, format_size(size), f"{size:,}", share(size, sizes.experts_before), style=style)
+    table.add_row("slack", format_size(sizes.slack), f"{sizes.slack:,}", f"{sizes.slack_ratio:.3%} of budget")
+    table.add_row("everything else", format_size(sizes.other), f"{sizes.other:,}")
+    table.add_row("whole model", format_size(sizes.total), f"{sizes.total:,}")
+    show(console, "Routed experts on disk", table)
+
+    show(console, "Held-out text (nats per token; KL to the original)", _domains(report))
+    show(console, "Candidates (KL on calibration text kept out of the search)", _candidates(report))
+    if report.quantizer.options:
+        title = f"Rounding ({report.quantizer.method}): relative error of the experts' outputs"
+        show(console, title, _quantizer(report))
+        few = report.quantizer.undersampled_experts
+        console.print(f"{few} experts saw too few calibration tokens for statistics of their own.\n")
+    show_map([(layer.layer, layer.options) for layer in report.layers], console)
+    if report.stock is not None:
+        _show_stock(report.stock, console)
+
+    state = "agrees with" if report.reload.passed else "DIFFERS from"
+    console.print(
+        f"Reloaded: the written model {state} the searched one "
+        f"(read by {report.reload.by}, largest logit difference {report.reload.max_logit_difference:.1e}, "
+        f"tolerance {report.reload.tolerance:.0e})",
+        style=None if report.reload.passed else "bold red",
+        soft_wrap=True,
+    )
+    console.print(_resources(report))
+    console.print(f"\nWritten to {report.output}. To use it from Python:\n", soft_wrap=True)
+    for line in _usage(report):
+        console.print(f"    {line}", soft_wrap=True)
+
+
+def _domains(report: Report) -> Table:
+    table = table_of("domain", "tokens>", "loss before>", "loss after>", "KL>", "±>")
+    for part in report.domains:
+        losses = (f"{part.loss_before:.4f}", f"{part.loss_after:.4f}")
+        table.add_row(part.name, f"{part.tokens:,}", *losses, f"{part.kl:.5f}", f"{part.kl_stderr:.5f}")
+    tokens = sum(part.tokens for part in report.domains)
+    table.add_row("all", f"{tokens:,}", "", "", f"{report.kl:.5f}", f"{report.kl_stderr:.5f}", style="bold")
+    return table
+
+
+def _candidates(report: Report) -> Table:
+    table = table_of("candidate", "KL>", "bytes>", "")
+    for candidate in sorted(report.candidates, key=lambda candidate: candidate.kl):
+        mark, style = ("chosen", "bold") if candidate.name == report.winner else ("", None)
+        table.add_row(candidate.name, f"{candidate.kl:.5f}", f"{candidate.cost:,}", mark, style=style)
+    return table
+
+
+def _quantizer(report: Report) -> Table:
+    table = table_of("option", "rtn>", "gptq>")
+    for name, option in report.quantizer.options.items():
+        gptq = "-" if option.gptq_error is None else f"{option.gptq_error:.5f}"
+        table.add_row(name, f"{option.rtn_error:.5f}", gptq)
+    return table
+
+
+def _show_stock(part: StockPart, console: Console) -> None:
+    console.print(
+        f"Layout stock: {part.experts_per_layer} experts in every layer, numbered anew. KL {part.kl:.5f}; layout "
+        f"mixed has {part.mixed.kl:.5f} within the same budget before any search ({part.mixed.name}; both on the "
+        "calibration text kept out).",
+        soft_wrap=True,
+    )
+    readers = "vLLM and transformers" if part.transformers_reads else "vLLM"
+    console.print(f"Read without moe_rco by {readers}.\n")
+
+
+def _resources(report: Report) -> str:
+    """Time and memory, and what had been predicted of them."""
+    took = sum(stage.seconds for stage in report.stages)
+    known = [stage for stage in report.stages if stage.predicted is not None]
+    line = f"Time: {format_duration(took)}"
+    if known:
+        line += f" (predicted {format_duration(sum(stage.predicted or 0.0 for stage in known))})"
+    if report.memory is not None:
+        m = report.memory
+        line += f". Memory: {format_size(m.host)} (predicted {format_size(m.predicted_host)})"
+        if m.device:
+            line += f", {format_size(m.device)} on the device (predicted {format_size(m.predicted_device)})"
+    return line
+
+
+def _usage(report: Report) -> tuple[str, ...]:
+    if report.stock is not None and not report.stock.transformers_reads:
+        return ("from vllm import LLM", f"model = LLM({report.output!r})")
+    ours = ("import moe_rco  # teaches transformers to read the result",) if report.stock is None else ()
+    return (
+        *ours,
+        "from transformers import AutoModelForCausalLM",
+        f"model = AutoModelForCausalLM.from_pretrained({report.output!r})",
+    )
+
+
+def show_curve(curve: Curve, output: str, console: Console | None = None) -> None:
+    """What `prune` ends with for several budgets."""
+    console = console or stdout()
+    console.rule(curve.model)
+    table = table_of("directory", "experts>", "of before>", "whole model>", "loss>", "KL>", "±>")
+    for point in curve.points:
+        table.add_row(
+            point.directory,
+            f"{point.expert_bytes:,}",
+            share(point.expert_bytes, curve.experts_before),
+            f"{point.total_bytes:,}",
+            f"{point.loss:.4f}",
+            f"{point.kl:.5f}",
+            f"{point.kl_stderr:.5f}",
+        )
+    show(console, "Bytes, and held-out text (nats per token; KL to the original)", table)
+    console.print(f"Loss of the original: {curve.original_loss:.4f}")
+    console.print(
+        f"\nWritten to {output}: a model and its report in each directory, and the curve in curve.json and curve.svg.",
+        soft_wrap=True,
+    )
