@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_rco.baselines import PROXY_STRIDE
+from moe_rco.baselines import PROXY_STRIDE, starting_points, unmeasured
 from moe_rco.calib.data import heldout_pool, load_tokenizer
 from moe_rco.calib.search import SEARCHES
 from moe_rco.ckpt.rewrite import output_bytes
@@ -16,8 +16,6 @@ OF_EACH_BUDGET = (
     "judge the candidates", "search", "refine by races", "write the model", "measure on held-out text"
 )  # fmt: skip
 """The stages that every budget has for itself."""
-_CANDIDATES = 5
-"""Assignments that are judged before a search, about."""
 
 
 def stage_times(ready: Ready, progress: Progress) -> dict[str, float]:
@@ -44,6 +42,7 @@ def stage_times(ready: Ready, progress: Progress) -> dict[str, float]:
     if search.method == "evolution":
         steps = run(costs.forward, tried * (1 + BACKWARD))
     raced = search.races * search.samples * search.batch * (1 + BACKWARD)
+    points = starting_points(table, sized.budgets[0], *unmeasured(table))
     others = output_bytes(checkpoint, sized.adapter, 0)
     times = {
         "check expert weights": table.original_bytes * costs.check,
@@ -51,7 +50,7 @@ def stage_times(ready: Ready, progress: Progress) -> dict[str, float]:
         "calibrate and quantise": run(costs.forward, len(train) + len(kept_out)) + quantising,
         "measure every option": layers * costs.load + run(costs.fisher, len(train), costs.pair),
         "measure output errors": run(costs.errors, len(train) // PROXY_STRIDE),
-        "judge the candidates": _CANDIDATES * judging,
+        "judge the candidates": (1 + len(points)) * judging,  # and the seed
         "search": steps + search.search_steps // search.evaluate_every * judging,
         "refine by races": run(costs.forward, raced, min(costs.batch, FIRST_HEAT // 2)),
         "write the model": (sized.budgets[0].bytes + others) * costs.write,

@@ -40,12 +40,29 @@ class Sized:
 
     @property
     def device(self) -> torch.device:
-        """Where the run computes. Raises UserError where that is not there."""
-        return resolve_device(self.recipe)
+        """Where the run computes: `auto` is the GPU if there is one, for every process of a machine its own.
+
+        Raises UserError where the named device is not there.
+        """
+        name = self.recipe.execution.device
+        if name == "auto":
+            name = f"cuda:{local_rank() % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+        device = torch.device(name)
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise UserError(
+                f"execution.device is {name}, but {torch.cuda.device_count()} CUDA devices are visible"
+            )
+        if device.type == "mps" and not torch.backends.mps.is_available():
+            raise UserError("execution.device is mps, but there is no such device here")
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
-        return resolve_dtype(self.recipe, self.device)
+        """What the run computes in: `auto` is float32 on a CPU and bfloat16 elsewhere."""
+        name = self.recipe.execution.dtype
+        if name == "auto":
+            name = "float32" if self.device.type == "cpu" else "bfloat16"
+        return getattr(torch, name)
 
 
 def size(recipe: Recipe) -> Sized:
@@ -74,32 +91,6 @@ def _budgets(recipe: Recipe, table: CostTable) -> tuple[Budget, ...]:
     for budget in budgets:
         check_method(recipe.search.method, table, budget)
     return tuple(budgets)
-
-
-def resolve_device(recipe: Recipe) -> torch.device:
-    """`auto` is the GPU if there is one, for every process of a machine its own.
-
-    Raises UserError where the named device is not there.
-    """
-    name = recipe.execution.device
-    if name == "auto":
-        name = f"cuda:{local_rank() % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"execution.device is {name}, but {torch.cuda.device_count()} CUDA devices are visible"
-        )
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("execution.device is mps, but there is no such device here")
-    return device
-
-
-def resolve_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
-    """`auto` is float32 on a CPU and bfloat16 elsewhere."""
-    name = recipe.execution.dtype
-    if name == "auto":
-        name = "float32" if device.type == "cpu" else "bfloat16"
-    return getattr(torch, name)
 
 
 @dataclass(frozen=True)

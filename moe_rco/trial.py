@@ -101,7 +101,7 @@ class _Trial:
         self.pool = ready.pools[0]
         self.few = self._part(max(1, _WEIGHTS // self.table.groups[0].numel))
         self.store, self.bank = Store(directory, ""), self._bank(self.table)
-        repeated: Any = _Repeated(self.store, self.table, self.few)
+        repeated = _Repeated(self.store, self.table, self.few)
         self.empty, self.model = (
             AssignedModel(
                 self._runner(layers), self.sized.adapter, ready.checkpoint.config, self.bank, repeated

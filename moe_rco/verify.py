@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,12 +21,13 @@ from moe_rco.calib.measure import Model, Scores, measure
 from moe_rco.calib.objective import AssignedModel
 from moe_rco.calib.runner import Runner
 from moe_rco.ckpt.dequantized import read_dequantized
+from moe_rco.ckpt.header import TensorInfo
 from moe_rco.ckpt.reader import Checkpoint
 from moe_rco.ckpt.stock import QUANT_METHOD, renumbering
 from moe_rco.errors import MoeRcoError
 from moe_rco.report import Reload
 from moe_rco.serve.hf import register
-from moe_rco.types import Assignment, Progress
+from moe_rco.types import Assignment, Option, Progress
 
 RELOAD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 """Largest difference of a logit between the written and the searched model; routing may differ by rounding in bfloat16."""
@@ -110,7 +111,7 @@ class _Files:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
 
-    def tensors(self, layer: int, option: object) -> Any:
+    def tensors(self, layer: int, option: Option) -> Mapping[str, TensorInfo]:
         return self._checkpoint.tensors
 
 
@@ -125,8 +126,8 @@ def read_written(directory: Path, assignment: Assignment, model: AssignedModel) 
     table = replace(assignment.table, groups=groups, costs=assignment.table.costs[at])
     runner = Runner(checkpoint, adapter, searched.device, searched.dtype, searched.streaming)
     bank = OptionBank(checkpoint, table, searched.device, searched.dtype, searched.streaming)
-    files: Any = _Files(checkpoint)
-    return Assigned(AssignedModel(runner, adapter, checkpoint.config, bank, files), assignment.choice[at])
+    model = AssignedModel(runner, adapter, checkpoint.config, bank, _Files(checkpoint))
+    return Assigned(model, assignment.choice[at])
 
 
 def load_model(directory: Path, device: torch.device, dtype: torch.dtype) -> Any:

@@ -27,6 +27,7 @@ __all__ = [
     "simple_assignments",
     "starting_points",
     "uniform",
+    "unmeasured",
 ]
 
 
@@ -47,11 +48,14 @@ def simple_assignments(
 def check_method(method: str, table: CostTable, budget: Budget) -> None:
     """Raise UserError where a method will have nothing to offer, whatever is measured."""
     if method in SIMPLE:
-        same = {layer: torch.ones(len(table.rows(layer))) for layer in table.layers}
-        ones = np.ones(len(table.groups))
-        simple_assignments(
-            method, table, budget, Usage(same, same), OutputErrors(np.ones(table.costs.shape), ones, ones)
-        )
+        simple_assignments(method, table, budget, *unmeasured(table))
+
+
+def unmeasured(table: CostTable) -> tuple[Usage, OutputErrors]:
+    """What is asked for here before anything was measured: all experts are alike."""
+    same = {layer: torch.ones(len(table.rows(layer))) for layer in table.layers}
+    ones = np.ones(len(table.groups))
+    return Usage(same, same), OutputErrors(np.ones(table.costs.shape), ones, ones)
 
 
 def starting_points(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from transformers.activations import ACT2FN
@@ -15,11 +16,10 @@ from moe_rco.calib.window import Window
 from moe_rco.ckpt.data import read_tensor
 from moe_rco.ckpt.header import TensorInfo
 from moe_rco.ckpt.reader import Checkpoint
-from moe_rco.ckpt.store import Store
 from moe_rco.errors import StoreError
 from moe_rco.quant.grid import Quantized
 from moe_rco.quant.packing import PACKED, SCALE, SHAPE, WEIGHT, ZERO_POINT, unpack
-from moe_rco.types import CostTable, Weight
+from moe_rco.types import CostTable, Option, Weight
 
 Stacked = tuple[torch.Tensor, torch.Tensor]
 """Gate and up joined [E, 2I, H], and down [E, H, I]."""
@@ -27,6 +27,14 @@ Compact = tuple[Mapping[str, torch.Tensor], ...]
 """Gate, up and down as they are on disk, by suffix."""
 Key = tuple[int, int, int]
 """Layer, expert, and option of the cost table (or `original`)."""
+
+
+class Stored(Protocol):
+    """Where quantised experts are read from: a store, or a written checkpoint."""
+
+    def tensors(self, layer: int, option: Option) -> Mapping[str, TensorInfo]:
+        """The quantised tensors of a layer's experts at an option, by name, others perhaps beside them. Raises StoreError."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -96,8 +104,8 @@ class OptionBank:
             checkpoint.config.get("hidden_act", "silu")
         ]
         self._layers: dict[tuple[int, bool], LayerBank] = {}
-        self._store: Store | None = None
-        self._stored: dict[tuple[int, int], dict[str, TensorInfo]] = {}
+        self._store: Stored | None = None
+        self._stored: dict[tuple[int, int], Mapping[str, TensorInfo]] = {}
         self._mover = Mover(device)
         self._window: Window[Key, Compact] | None = None
         if streaming is not None:
@@ -108,7 +116,7 @@ class OptionBank:
         """The index that stands for unchanged weights."""
         return len(self.table.options)
 
-    def layer(self, layer: int, store: Store | None = None) -> LayerBank:
+    def layer(self, layer: int, store: Stored | None = None) -> LayerBank:
         """A layer's experts: only the unchanged ones without a store. Raises StoreError where it lacks an option."""
         key = (layer, store is not None)
         if key not in self._layers:
@@ -125,7 +133,7 @@ class OptionBank:
         if self._window is not None:
             self._window.clear()
 
-    def _made(self, layer: int, store: Store | None) -> LayerBank:
+    def _made(self, layer: int, store: Stored | None) -> LayerBank:
         original, rows = self.original, self.table.rows(layer)
         self._store = store or self._store
         kept = [i for i, option in enumerate(self.table.options) if not option.is_prune and store is not None]
@@ -186,7 +194,7 @@ class OptionBank:
         part = {suffix: self._mover(read_tensor(info)) for suffix, info in found.items() if info is not None}
         return {**part, SHAPE: torch.tensor(weight.shape)}
 
-    def _infos(self, layer: int, option: int) -> dict[str, TensorInfo]:
+    def _infos(self, layer: int, option: int) -> Mapping[str, TensorInfo]:
         if (layer, option) not in self._stored:
             named = self.table.options[option]
             if self._store is None:

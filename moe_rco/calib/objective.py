@@ -11,14 +11,13 @@ import torch
 from torch import nn
 
 from moe_rco.adapters import Adapter, Config
-from moe_rco.calib.bank import LayerBank, OptionBank
+from moe_rco.calib.bank import LayerBank, OptionBank, Stored
 from moe_rco.calib.data import TokenPool
 from moe_rco.calib.effects import EffectSums, Measured
 from moe_rco.calib.moe import LayerState
 from moe_rco.calib.reference import Reference, divergence
 from moe_rco.calib.runner import Experts, Runner
 from moe_rco.calib.team import Team
-from moe_rco.ckpt.store import Store
 from moe_rco.types import CostTable
 
 HeadLoss = Callable[[int, slice, torch.Tensor], torch.Tensor]
@@ -61,7 +60,7 @@ class AssignedModel:
         adapter: Adapter,
         config: Config,
         bank: OptionBank,
-        store: Store | None = None,
+        store: Stored | None = None,
         team: Team | None = None,
     ) -> None:
         self.runner, self.bank, self.store, self.team = runner, bank, store, team or Team()
