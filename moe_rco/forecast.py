@@ -11,9 +11,10 @@ from moe_rco.optim.races import FIRST_HEAT
 from moe_rco.optim.solve import BACKWARD
 from moe_rco.trial import Cost, measure_costs
 from moe_rco.types import Progress
+from moe_rco.verify import RELOAD_SEQUENCES
 
 OF_EACH_BUDGET = (
-    "judge the candidates", "search", "refine by races", "write the model", "measure on held-out text"
+    "judge the candidates", "search", "refine by races", "write the model", "read it back", "measure on held-out text"
 )  # fmt: skip
 """The stages that every budget has for itself."""
 
@@ -44,6 +45,7 @@ def stage_times(ready: Ready, progress: Progress) -> dict[str, float]:
     raced = search.races * search.samples * search.batch * (1 + BACKWARD)
     points = starting_points(table, sized.budgets[0], *unmeasured(table))
     others = output_bytes(checkpoint, sized.adapter, 0)
+    written = sized.budgets[0].bytes + others
     times = {
         "check expert weights": table.original_bytes * costs.check,
         "read the weights": (table.original_bytes + others) * costs.read,
@@ -53,7 +55,8 @@ def stage_times(ready: Ready, progress: Progress) -> dict[str, float]:
         "judge the candidates": (1 + len(points)) * judging,  # and the seed
         "search": steps + search.search_steps // search.evaluate_every * judging,
         "refine by races": run(costs.forward, raced, min(costs.batch, FIRST_HEAT // 2)),
-        "write the model": (sized.budgets[0].bytes + others) * costs.write,
+        "write the model": written * costs.write,
+        "read it back": written * costs.read + 2 * run(costs.forward, RELOAD_SEQUENCES),
         "measure on held-out text": 2 * run(costs.forward, len(heldout)),
     }
     unused = () if search.method in SEARCHES else ("search", "refine by races")

@@ -49,11 +49,13 @@ def verify(
     """
     runner = model.runner
     searched, original = Assigned(model, assignment.choice), Assigned(model, None)
-    if model.bank.streaming is None:
-        by, written = "transformers", Loaded(load_model(directory, runner.device, runner.dtype))
-    else:
-        by, written = "our own layers", read_written(directory, assignment, model)
-    difference, tolerance = _difference(searched, written, sample, model), RELOAD_TOLERANCE[runner.dtype]
+    with progress.stage("read it back", 1) as advance:
+        if model.bank.streaming is None:
+            by, written = "transformers", Loaded(load_model(directory, runner.device, runner.dtype))
+        else:
+            by, written = "our own layers", read_written(directory, assignment, model)
+        difference, tolerance = _difference(searched, written, sample, model), RELOAD_TOLERANCE[runner.dtype]
+        advance(1)
     if not difference <= tolerance:
         raise MoeRcoError(
             f"the written checkpoint's logits differ from the searched model's by {difference:.3g} (tolerance {tolerance}); "
