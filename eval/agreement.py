@@ -38,7 +38,7 @@ def sequences(directory: Path) -> list[list[int]]:
 def transformers_log_probabilities(directory: Path, dtype: str, rows: list[list[int]]) -> torch.Tensor:
     """float32 [sequences, length - 1]"""
     # Imported here, because the other process must not: vLLM does not start where numba is loaded.
-    from moe_rco.verify import load_model
+    from moe_rco.reload import load_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(directory, device, getattr(torch, dtype))

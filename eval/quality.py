@@ -31,8 +31,8 @@ from eval.quality_table import render
 from eval.results_file import Results
 from eval.rivals import FISHER, LINEARITY, PROXY, RCO, SEARCHES, UNIFORM, Methods, Variants
 from moe_rco.calib.measure import Scores, measure
+from moe_rco.reload import Assigned
 from moe_rco.types import Assignment, Budget, Silent
-from moe_rco.verify import Assigned
 
 SCORED = [f"{score} + {label}" for score in ("frequency", "REAP") for label in ("bf16", "int4", "best width")]
 METHODS = (UNIFORM, *SCORED, PROXY, LINEARITY, *SEARCHES, FISHER, RCO)

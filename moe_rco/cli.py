@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from moe_rco._version import __version__
-from moe_rco.errors import OutputError, ScoringError, UserError
+from moe_rco.errors import OutputError, PlanError, ScoringError, UserError
 
 EXIT_INTERRUPTED = 130
 _DEBUG_VARIABLE = "MOE_RCO_DEBUG"
@@ -152,6 +152,35 @@ def status(directory: str, as_json: bool) -> None:
         click.echo(found.model_dump_json(indent=2))
     else:
         console.show_status(found)
+
+
+@app.command(
+    epilog=_example(
+        "moe-rco verify out/demo",
+        "moe-rco verify out/qwen3 --original /models/Qwen3-30B-A3B",
+        "moe-rco verify out/qwen3 --json",
+    )
+)
+@click.argument("directory")
+@click.option("--original", metavar="DIR", help="Compare what was not to change with this model, too.")
+@click.option("--json", "as_json", is_flag=True, help="Print the same as JSON.")
+@_debug_option
+def verify(directory: str, original: str | None, as_json: bool) -> None:
+    """Check every byte of what `prune` wrote, and that it still computes what it did.
+
+    DIRECTORY is a finished output. Exits with 2 where anything differs, and says what.
+    """
+    from moe_rco import console, integrity
+    from moe_rco.console.integrity import show_verification
+
+    found = integrity.verify(directory, original, console.RichProgress())
+    if as_json:
+        click.echo(json.dumps([verification.model_dump() for verification in found], indent=2))
+    else:
+        show_verification(found)
+    wrong = [verification.directory for verification in found if not verification.passed]
+    if wrong:
+        raise PlanError(f"{', '.join(wrong)}: not what was written; copy it again, or make it again")
 
 
 @app.command(epilog=_example("moe-rco validate my.yaml", "moe-rco validate demo --set budget.ratio=0.35"))

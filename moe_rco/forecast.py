@@ -9,13 +9,19 @@ from moe_rco.ckpt.rewrite import output_bytes
 from moe_rco.job import Ready
 from moe_rco.optim.races import FIRST_HEAT
 from moe_rco.optim.solve import BACKWARD
+from moe_rco.reload import RELOAD_SEQUENCES
 from moe_rco.trial import Cost, measure_costs
 from moe_rco.types import Progress
-from moe_rco.verify import RELOAD_SEQUENCES
 
 OF_EACH_BUDGET = (
-    "judge the candidates", "search", "refine by races", "write the model", "read it back", "measure on held-out text"
-)  # fmt: skip
+    "judge the candidates",
+    "search",
+    "refine by races",
+    "write the model",
+    "hash what was written",
+    "read it back",
+    "measure on held-out text",
+)
 """The stages that every budget has for itself."""
 
 
@@ -56,6 +62,7 @@ def stage_times(ready: Ready, progress: Progress) -> dict[str, float]:
         "search": steps + search.search_steps // search.evaluate_every * judging,
         "refine by races": run(costs.forward, raced, min(costs.batch, FIRST_HEAT // 2)),
         "write the model": written * costs.write,
+        "hash what was written": 2 * written * costs.read,  # by file and by tensor
         "read it back": written * costs.read + 2 * run(costs.forward, RELOAD_SEQUENCES),
         "measure on held-out text": 2 * run(costs.forward, len(heldout)),
     }

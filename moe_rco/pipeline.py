@@ -32,8 +32,10 @@ from moe_rco.calib.search import SEED, Chosen, find, knapsack, start_logits
 from moe_rco.calib.streaming import Streaming
 from moe_rco.calib.team import Team, joined
 from moe_rco.ckpt.destination import check_place, publish, recover
+from moe_rco.ckpt.manifest import make_manifest
 from moe_rco.ckpt.reader import Checkpoint
 from moe_rco.ckpt.rewrite import rewrite
+from moe_rco.ckpt.shards import read_manifest
 from moe_rco.ckpt.state import SavedState
 from moe_rco.ckpt.store import Store
 from moe_rco.ckpt.workdir import Part, WorkDirectory
@@ -45,10 +47,10 @@ from moe_rco.job import Ready, Sized
 from moe_rco.plan import Plan, costs_digest
 from moe_rco.progress import Run, finished, part_names
 from moe_rco.recipe import Recipe
+from moe_rco.reload import RELOAD_SEQUENCES, reload
 from moe_rco.report import Preflight, Report
 from moe_rco.reporting import build_report
 from moe_rco.types import Assignment, Budget, Progress, Silent
-from moe_rco.verify import RELOAD_SEQUENCES, verify
 
 LINEARITY_SEQUENCES = 16
 """Sequences on which the KL of every expert alone is measured for `search.method: linearity`."""
@@ -216,17 +218,32 @@ class _Job:
             manifest=self.part.shards,
             progress=self.clock,
         )
+        manifest = self._manifest(plan, written.total_bytes)
         sample = prepared.pools[1].ids[:RELOAD_SEQUENCES]
-        reload, scores = verify(
+        reloaded, scores = reload(
             prepared.model, assignment, self.part.checkpoint, self.heldout, sample, self.clock
         )
         report = build_report(
-            self.sized, self.budget, plan.model, prepared.store, chosen, written, reload, scores,
+            self.sized, self.budget, plan.model, manifest, prepared.store, chosen, written, reloaded, scores,
             self.clock, self.output,
         )  # fmt: skip
         report.check()
         report.save(self.part.checkpoint)
         return report
+
+    def _manifest(self, plan: Plan, weight_bytes: int) -> str:
+        """Read back and note every byte that was written; the manifest's digest."""
+        shards = read_manifest(self.part.shards) or {"shards": {}}
+        with self.clock.stage("hash what was written", weight_bytes) as advance:
+            manifest = make_manifest(
+                self.part.checkpoint,
+                shards["shards"],
+                model=plan.model,
+                recipe=plan.recipe,
+                store=self.prepared.store.fingerprint,
+                advance=advance,
+            )
+        return manifest.save(self.part.checkpoint)
 
 
 def _agreed(streaming: Streaming | None, team: Team) -> Streaming | None:

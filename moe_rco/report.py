@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -83,13 +84,16 @@ class QuantizerPart(_Part):
 class Reload(_Part):
     """The written checkpoint against the searched model: largest difference of a logit.
 
-    `by` read it: transformers, or our own layers where the model need not fit into memory.
+    `by` read it: transformers, or our own layers where the model need not fit into memory. `sample_loss`, in `dtype`, is what
+    `moe-rco verify` finds again (`reload.sample_loss`).
     """
 
     by: Literal["transformers", "our own layers"] = "transformers"
     max_logit_difference: float
     tolerance: float
     passed: bool
+    dtype: str = ""
+    sample_loss: float | None = None
 
 
 class SearchStep(_Part):
@@ -183,7 +187,11 @@ class TaskScore(_Part):
 
 
 class Report(_Part):
-    """The whole run. `kl` and `kl_stderr` are over all held-out text."""
+    """The whole run. `kl` and `kl_stderr` are over all held-out text.
+
+    `model_digest`, `recipe_digest` and `manifest` are SHA-256 (hex) of the original model, what in the recipe decides the
+    result, and the output's manifest.json. `digest` is that of all else here, as it was saved.
+    """
 
     version: str
     software: Software
@@ -191,6 +199,7 @@ class Report(_Part):
     model_digest: str
     family: str
     recipe_digest: str
+    manifest: str = ""
     seed: int
     output: str
     budget: BudgetPart
@@ -209,6 +218,13 @@ class Report(_Part):
     stages: tuple[Stage, ...]
     memory: MemoryPart | None = None
     scores: tuple[TaskScore, ...] = ()
+    digest: str = ""
+
+    @property
+    def own_digest(self) -> str:
+        """What `digest` must be."""
+        rest = json.dumps(self.model_dump(mode="json", exclude={"digest"}), sort_keys=True)
+        return hashlib.sha256(rest.encode()).hexdigest()
 
     def with_scores(self, scores: Iterable[TaskScore]) -> Self:
         """This report with scores added; each replaces an earlier one of the same key."""
@@ -244,8 +260,9 @@ class Report(_Part):
             )
 
     def to_json(self) -> str:
-        """Keys sorted; the same report gives the same text."""
-        return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
+        """Keys sorted, with its digest; the same report gives the same text."""
+        value = self.model_dump(mode="json") | {"digest": self.own_digest}
+        return json.dumps(value, indent=2, sort_keys=True) + "\n"
 
     def save(self, directory: Path) -> Path:
         """Write `report.json` into a directory, whole or not at all."""

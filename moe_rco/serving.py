@@ -16,6 +16,7 @@ import psutil
 import torch
 
 from moe_rco.ckpt.header import DTYPE_NAMES
+from moe_rco.ckpt.manifest import check_quickly
 from moe_rco.ckpt.reader import Checkpoint
 from moe_rco.errors import ModelError, UserError
 from moe_rco.inspection import inspect
@@ -52,12 +53,13 @@ class ServePlan:
 def plan_serving(directory: str | Path, options: Sequence[str] = ()) -> ServePlan:
     """Check a model directory and its memory for `vllm serve DIRECTORY OPTIONS`; no weights are read.
 
-    Raises ModelError (files and plan disagree), UserError (no vLLM, or it does not fit).
+    Raises ModelError, PlanError (files, manifest and plan disagree), UserError (no vLLM, or it does not fit).
     """
     if importlib.util.find_spec("vllm") is None:
         raise UserError(
             "vLLM is not installed here: pip install 'moe_rco[serve]' (on a machine without a GPU, see the README)"
         )
+    check_quickly(Path(directory))
     found = inspect(directory)  # compares every expert tensor with the plan
     checkpoint = Checkpoint(directory, allow_quantized=True)
     asked = _asked(options)

@@ -65,7 +65,7 @@ def written(output: Path) -> dict[str, Any]:
     for name in [name for name in files if name.endswith("report.json")]:
         report = json.loads(files[name])
         assert report.pop("stages")
-        for key in ("memory", "output"):
+        for key in ("memory", "output", "digest"):
             report.pop(key)
         recipe = name.replace("report.json", "recipe.yaml")
         lines = files[recipe].decode().splitlines()

@@ -61,7 +61,7 @@ class MoeRcoConfig(QuantizationConfig):
     ) -> None:
         """Check the plan against the model, and against the files where these are in a directory.
 
-        Raises ModelError.
+        Raises ModelError, PlanError.
         """
         config = hf_config.to_dict()
         self.adapter: Adapter = get_adapter(config)
@@ -69,8 +69,10 @@ class MoeRcoConfig(QuantizationConfig):
         self.layers = layer_options(self.entries, self.adapter, config)
         expected = expected_tensors(self.layers, self.adapter, config)
         if Path(model_name).is_dir():
+            from moe_rco.ckpt.manifest import check_quickly
             from moe_rco.ckpt.reader import Checkpoint
 
+            check_quickly(Path(model_name), self.entries)
             check_tensors(expected, Checkpoint(model_name, allow_quantized=True).tensors)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:

@@ -16,7 +16,7 @@ from moe_rco.calib.objective import AssignedModel
 from moe_rco.calib.runner import Runner
 from moe_rco.ckpt.reader import Checkpoint
 from moe_rco.errors import ModelError
-from moe_rco.verify import load_model
+from moe_rco.reload import load_model
 from tests.compressed import EVERY_OPTION, random_job, table_of
 from tests.tiny_models import save_tiny
 

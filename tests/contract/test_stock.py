@@ -17,7 +17,7 @@ from moe_rco.calib.objective import AssignedModel
 from moe_rco.calib.runner import Runner
 from moe_rco.ckpt.dequantized import read_dequantized
 from moe_rco.ckpt.reader import Checkpoint
-from moe_rco.verify import load_model
+from moe_rco.reload import load_model
 from tests.compressed import Job
 from tests.stock import READABLE, stock_job
 from tests.tiny_models import FAMILIES, save_tiny

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -20,21 +21,26 @@ from moe_rco.calib.data import TokenPool
 from moe_rco.calib.measure import Model, Scores, measure
 from moe_rco.calib.objective import AssignedModel
 from moe_rco.calib.runner import Runner
+from moe_rco.calib.streaming import Streaming
 from moe_rco.ckpt.dequantized import read_dequantized
 from moe_rco.ckpt.header import TensorInfo
 from moe_rco.ckpt.reader import Checkpoint
-from moe_rco.ckpt.stock import QUANT_METHOD, renumbering
-from moe_rco.errors import MoeRcoError
+from moe_rco.ckpt.stock import QUANT_METHOD
+from moe_rco.errors import MoeRcoError, PlanError
+from moe_rco.plan import Plan, by_expert
+from moe_rco.quant.packing import cost_table
 from moe_rco.report import Reload
+from moe_rco.serve.config import LayerOptions, layer_options
 from moe_rco.serve.hf import register
 from moe_rco.types import Assignment, Option, Progress
 
 RELOAD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 """Largest difference of a logit between the written and the searched model; routing may differ by rounding in bfloat16."""
 RELOAD_SEQUENCES = 4
+SAMPLE_TOKENS = 64
 
 
-def verify(
+def reload(
     model: AssignedModel,
     assignment: Assignment,
     directory: Path,
@@ -53,7 +59,8 @@ def verify(
         if model.bank.streaming is None:
             by, written = "transformers", Loaded(load_model(directory, runner.device, runner.dtype))
         else:
-            by, written = "our own layers", read_written(directory, assignment, model)
+            by = "our own layers"
+            written = read_written(directory, runner.device, runner.dtype, model.bank.streaming)
         difference, tolerance = _difference(searched, written, sample, model), RELOAD_TOLERANCE[runner.dtype]
         advance(1)
     if not difference <= tolerance:
@@ -61,9 +68,16 @@ def verify(
             f"the written checkpoint's logits differ from the searched model's by {difference:.3g} (tolerance {tolerance}); "
             "nothing was put in place"
         )
-    reload = Reload(by=by, max_logit_difference=difference, tolerance=tolerance, passed=True)
+    found = Reload(
+        by=by,
+        max_logit_difference=difference,
+        tolerance=tolerance,
+        passed=True,
+        dtype=str(runner.dtype).removeprefix("torch."),
+        sample_loss=sample_loss(searched),
+    )
     batch = model.batch(pool.ids.shape[1])
-    return reload, measure(original, written, pool, runner.vocab_size, progress, batch)
+    return found, measure(original, written, pool, runner.vocab_size, progress, batch)
 
 
 @torch.no_grad()
@@ -117,19 +131,56 @@ class _Files:
         return self._checkpoint.tensors
 
 
-def read_written(directory: Path, assignment: Assignment, model: AssignedModel) -> Assigned:
-    """A written checkpoint as our own streamed layers: every expert is read from its files, in the option it has there."""
+def read_written(
+    directory: Path, device: torch.device, dtype: torch.dtype, streaming: Streaming | None
+) -> Assigned:
+    """A checkpoint that we wrote as our own layers: every expert is read from its files, in the option it has there.
+
+    Raises ModelError, PlanError where the files, config.json and the plan do not belong together.
+    """
     checkpoint = Checkpoint(directory, allow_quantized=True)
-    adapter, searched = get_adapter(checkpoint.config), model.bank
-    before = {new: old for old, new in renumbering(assignment, adapter, searched.config).experts.items()}
-    rows = {group.name: row for row, group in enumerate(assignment.table.groups)}
+    adapter = get_adapter(checkpoint.config)
+    options = written_options(checkpoint)
     groups = adapter.groups(checkpoint.config)
-    at = np.array([rows[before.get(group.name, group.name)] for group in groups])
-    table = replace(assignment.table, groups=groups, costs=assignment.table.costs[at])
-    runner = Runner(checkpoint, adapter, searched.device, searched.dtype, searched.streaming)
-    bank = OptionBank(checkpoint, table, searched.device, searched.dtype, searched.streaming)
+    used = tuple(dict.fromkeys(option for layer in options.values() for option in layer))
+    table = cost_table(groups, used, 0, 0)
+    choice = np.array([used.index(options[group.layer][group.index]) for group in groups])
+    runner = Runner(checkpoint, adapter, device, dtype, streaming)
+    bank = OptionBank(checkpoint, table, device, dtype, streaming)
     model = AssignedModel(runner, adapter, checkpoint.config, bank, _Files(checkpoint))
-    return Assigned(model, assignment.choice[at])
+    return Assigned(model, choice)
+
+
+def written_options(checkpoint: Checkpoint) -> LayerOptions:
+    """The option of every expert of a checkpoint that we wrote, by the ids of its files.
+
+    Raises ModelError, PlanError where config.json and the plan are not ours or do not belong together.
+    """
+    config, plan = checkpoint.config, Plan.load(checkpoint.directory)
+    adapter = get_adapter(config)
+    if plan.layout == "mixed":
+        return layer_options(config.get("quantization_config") or {}, adapter, config)
+    options, experts = by_expert(plan.layers), adapter.num_experts(config)
+    for layer in adapter.moe_layers(config):
+        if len(plan.layers.get(layer, ())) == 0 or len(plan.kept(layer)) != experts:
+            raise PlanError(
+                f"{checkpoint.directory}: the plan does not keep {experts} experts of layer {layer}"
+            )
+    return {
+        layer: tuple(options[layer, expert] for expert in plan.kept(layer))
+        for layer in adapter.moe_layers(config)
+    }
+
+
+@torch.no_grad()
+def sample_loss(model: Assigned) -> float:
+    """The next-token loss on some made-up tokens, in nats: one figure for whether a model computes what it did."""
+    runner = model.model.runner
+    ids = (torch.arange(SAMPLE_TOKENS)[None] * 7919 + 13) % runner.vocab_size
+    hidden = model.hidden(ids)[0, :-1]
+    with model.head() as head:
+        logits = head(hidden).double()
+    return float(F.cross_entropy(logits, ids[0, 1:].to(logits.device)))
 
 
 def load_model(directory: Path, device: torch.device, dtype: torch.dtype) -> Any:
