@@ -224,8 +224,8 @@ class _Job:
             prepared.model, assignment, self.part.checkpoint, self.heldout, sample, self.clock
         )
         report = build_report(
-            self.sized, self.budget, plan.model, manifest, prepared.store, chosen, written, reloaded, scores,
-            self.clock, self.output,
+            self.sized, self.budget, plan.model, manifest, prepared.store, prepared.calibrated.usage, chosen, written,
+            reloaded, scores, self.clock, self.output,
         )  # fmt: skip
         report.check()
         report.save(self.part.checkpoint)

@@ -23,10 +23,16 @@ class _Part(BaseModel):
 
 
 class Software(_Part):
-    """Versions of what computed the result, by package name."""
+    """What computed the result: versions by package name, the system, and the device with the threads it was given.
+
+    On another system, device or number of threads sums are rounded otherwise, and the result may differ.
+    """
 
     python: str
     packages: dict[str, str]
+    system: str = ""
+    device: str = ""
+    threads: int = 0
 
 
 class BudgetPart(_Part):
@@ -52,10 +58,13 @@ class BytesPart(_Part):
 
 
 class Layer(_Part):
-    """`options` is the option's name of each expert, by its original id."""
+    """By the experts' original ids: `options` are the options' names, `tokens` how many of the calibration tokens that are used
+    for gradients the original model gave to each.
+    """
 
     layer: int
     options: tuple[str, ...]
+    tokens: tuple[int, ...] = ()
 
 
 class Candidate(_Part):
@@ -74,11 +83,14 @@ class QuantizerOption(_Part):
 
 
 class QuantizerPart(_Part):
-    """`undersampled_experts` had too few calibration tokens for a Hessian of their own."""
+    """`undersampled`: by layer, the experts that had too few calibration tokens for a Hessian of their own (fewer than
+    `TOKENS_PER_INPUT` for each input of a matrix), which was mixed with their layer's (`quant.hessian.shrink`).
+    """
 
     method: str
     options: dict[str, QuantizerOption]
     undersampled_experts: int
+    undersampled: dict[int, tuple[int, ...]] = {}
 
 
 class Reload(_Part):

@@ -6,7 +6,10 @@ import platform
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
 from moe_rco._version import __version__
+from moe_rco.calib.calibrate import Usage
 from moe_rco.calib.measure import Scores
 from moe_rco.calib.search import Candidate as Tried
 from moe_rco.calib.search import Chosen
@@ -31,7 +34,9 @@ from moe_rco.report import (
 )
 from moe_rco.types import Budget, CostTable
 
-PACKAGES = ("torch", "transformers", "compressed-tensors", "safetensors", "numpy")
+PACKAGES = (
+    "torch", "transformers", "tokenizers", "datasets", "compressed-tensors", "safetensors", "numpy", "numba"
+)  # fmt: skip
 
 
 def build_report(
@@ -40,6 +45,7 @@ def build_report(
     model_digest: str,
     manifest: str,
     store: Store,
+    usage: Usage,
     chosen: Chosen,
     written: RewriteResult,
     reload: Reload,
@@ -53,9 +59,7 @@ def build_report(
     slack = budget.bytes - written.expert_bytes
     return Report(
         version=__version__,
-        software=Software(
-            python=platform.python_version(), packages={name: version(name) for name in PACKAGES}
-        ),
+        software=_software(sized.device),
         model=recipe.model,
         model_digest=model_digest,
         manifest=manifest,
@@ -74,7 +78,11 @@ def build_report(
             total=written.total_bytes,
         ),
         layers=tuple(
-            Layer(layer=layer, options=tuple(option.name for option in assignment.layer_options(layer)))
+            Layer(
+                layer=layer,
+                options=tuple(option.name for option in assignment.layer_options(layer)),
+                tokens=tuple(map(int, usage.counts[layer].tolist())),
+            )
             for layer in table.layers
         ),
         counts=assignment.counts(),
@@ -92,6 +100,16 @@ def build_report(
         ),
         stages=clock.stages,
         memory=clock.memory,
+    )
+
+
+def _software(device: torch.device) -> Software:
+    return Software(
+        python=platform.python_version(),
+        packages={name: version(name) for name in PACKAGES},
+        system=platform.platform(),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        threads=torch.get_num_threads(),
     )
 
 
@@ -120,5 +138,14 @@ def _quantizer(method: str, store: Store, table: CostTable) -> QuantizerPart:
         if errors:
             rtn, gptq = (sum(error[key] for error in errors) / len(errors) for key in ("rtn", "gptq"))
             options[option.name] = QuantizerOption(rtn_error=rtn, gptq_error=gptq)
-    undersampled = sum(len(layer.get("undersampled", ())) for layer in stats)
-    return QuantizerPart(method=method, options=options, undersampled_experts=undersampled)
+    undersampled = {
+        layer: tuple(found)
+        for layer, of in zip(table.layers, stats, strict=True)
+        if (found := of.get("undersampled"))
+    }
+    return QuantizerPart(
+        method=method,
+        options=options,
+        undersampled_experts=sum(map(len, undersampled.values())),
+        undersampled=undersampled,
+    )

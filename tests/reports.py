@@ -38,7 +38,10 @@ def report_data() -> dict[str, Any]:
             "other": 500_000,
             "total": 1_499_000,
         },
-        "layers": [{"layer": index, "options": options} for index, options in enumerate(LAYERS)],
+        "layers": [
+            {"layer": index, "options": options, "tokens": range(index, index + 8)}
+            for index, options in enumerate(LAYERS)
+        ],
         "counts": counts,
         "candidates": [
             {"name": "uniform int4-g64", "kl": 0.25, "cost": 990_000},
@@ -63,6 +66,7 @@ def report_data() -> dict[str, Any]:
             "method": "gptq",
             "options": {"int4-g64": {"rtn_error": 0.02, "gptq_error": 0.01}},
             "undersampled_experts": 3,
+            "undersampled": {"0": [2, 5], "2": [7]},
         },
         "reload": {"max_logit_difference": 1.2e-6, "tolerance": 1e-4, "passed": True},
         "search": {"steps": 40, "history": [{"step": 0, "kl": 0.2}]},

@@ -17,7 +17,7 @@ from tests.reports import report, report_data
 def test_round_trip_is_sorted_and_the_same_text_each_time(tmp_path: Path) -> None:
     report().save(tmp_path)
     text = (tmp_path / FILE_NAME).read_text()
-    assert Report.load(tmp_path) == report()
+    assert Report.load(tmp_path).model_copy(update={"digest": ""}) == report()
     assert Report.load(tmp_path).to_json() == text
     keys = [line.split('"')[1] for line in text.splitlines() if line.startswith('  "')]
     assert keys == sorted(keys)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from rich.console import Console
 from rich.table import Table
 
 from moe_rco.console.map import show_map
 from moe_rco.console.parts import share, show, stdout, table_of
 from moe_rco.curve import Curve
+from moe_rco.quant.hessian import TOKENS_PER_INPUT
 from moe_rco.report import Report, StockPart
 from moe_rco.units import format_duration, format_size
+
+_NAMED = 16
+"""Experts that the summary lists; the report has all."""
 
 
 def show_summary(report: Report, console: Console | None = None) -> None:
@@ -36,8 +42,9 @@ def show_summary(report: Report, console: Console | None = None) -> None:
     if report.quantizer.options:
         title = f"Rounding ({report.quantizer.method}): relative error of the experts' outputs"
         show(console, title, _quantizer(report))
-        few = report.quantizer.undersampled_experts
-        console.print(f"{few} experts saw too few calibration tokens for statistics of their own.\n")
+    for line in _coverage(report):
+        console.print(line, soft_wrap=True)
+    console.print()
     show_map([(layer.layer, layer.options) for layer in report.layers], console)
     if report.stock is not None:
         _show_stock(report.stock, console)
@@ -54,6 +61,26 @@ def show_summary(report: Report, console: Console | None = None) -> None:
     console.print(f"\nWritten to {report.output}. To use it from Python:\n", soft_wrap=True)
     for line in _usage(report):
         console.print(f"    {line}", soft_wrap=True)
+
+
+def _coverage(report: Report) -> Iterator[str]:
+    """How many calibration tokens the experts saw, and what was done for those that saw few."""
+    tokens = sorted(count for layer in report.layers for count in layer.tokens)
+    if tokens:
+        unseen = sum(not count for count in tokens)
+        yield (
+            f"Calibration: {tokens[0]:,} to {tokens[-1]:,} tokens an expert, {tokens[len(tokens) // 2]:,} in the middle"
+            + (f"; {unseen} saw none." if unseen else ".")
+        )
+    few = report.quantizer.undersampled_experts
+    if few:
+        by_layer = report.quantizer.undersampled.items()
+        which = "; ".join(f"layer {layer}: {', '.join(map(str, experts))}" for layer, experts in by_layer)
+        named = f" ({which})" if which and few <= _NAMED else ""
+        yield (
+            f"{few} experts saw fewer than {TOKENS_PER_INPUT} tokens for each input of a matrix{named}: to quantise them, "
+            "their statistics were mixed with those of their layer."
+        )
 
 
 def _domains(report: Report) -> Table:

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from moe_rco.errors import ModelError
 
+TOKENS_PER_INPUT = 4
+"""With fewer tokens for each input of a matrix, an expert's Hessian is mixed with its layer's."""
+
 
 class HessianAccumulator:
     """Sums x x^T per expert over calibration tokens.
@@ -84,7 +87,7 @@ def shrink(
 ) -> Shrunk:
     """Mix the Hessians of experts with fewer than `min_tokens` tokens with the layer's pooled one.
 
-    `hessian` [E, C, C] are means over the `counts` int64 [E] tokens of each expert; `min_tokens` is 4 C by
+    `hessian` [E, C, C] are means over the `counts` int64 [E] tokens of each expert; `min_tokens` is TOKENS_PER_INPUT C by
     default, `pooled` [C, C] is P below where `hessian` has only some of a layer's experts.
 
     With n tokens and a = n / min_tokens < 1:
@@ -101,7 +104,7 @@ def shrink(
     0.46.
     """
     if min_tokens is None:
-        min_tokens = 4 * hessian.shape[-1]
+        min_tokens = TOKENS_PER_INPUT * hessian.shape[-1]
     counts = counts.to(hessian.device)
     few = (counts < min_tokens).nonzero().flatten().tolist()
     share = (counts.double() / counts.sum().clamp_min(1)).to(hessian.dtype)
