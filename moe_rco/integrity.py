@@ -243,7 +243,8 @@ class _Output:
         kept = dict[str, tuple[int, ...]]()
         if plan.layout == "stock":
             kept = {adapter.router_name(layer): plan.kept(layer) for layer in plan.layers}
-        wrong = []
+        extra = {name for name in self.manifest.tensors if ".experts." not in name} - original.tensors.keys()
+        wrong = [f"tensor {name} is none of the original's" for name in sorted(extra)]
         with progress.stage("compare with the original", sum(t.nbytes for t in others)) as advance:
             for tensor in others:
                 written = self.manifest.tensors.get(tensor.name)

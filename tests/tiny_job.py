@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from pathlib import Path
+from typing import Any
 
 from moe_rco.recipe import DEMO_CALIBRATION, DEMO_MODEL
 from tests.tiny_models import save_tiny
@@ -20,9 +21,9 @@ output: out
 """
 
 
-def save_job(place: Path, steps: int, refine: int) -> Path:
+def save_job(place: Path, steps: int, refine: int, family: str = "qwen3_moe", **config: Any) -> Path:
     """Make `place`/model and `place`/recipe.yaml; the recipe's path. At this budget the search finds what the seed does not."""
-    model = save_tiny("qwen3_moe", place / "model", vocab_size=4096, num_hidden_layers=4)
+    model = save_tiny(family, place / "model", vocab_size=4096, num_hidden_layers=4, **config)
     for file in DEMO_MODEL.glob("tokenizer*"):
         shutil.copy(file, model)
     with DEMO_CALIBRATION.open(encoding="utf-8") as source:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from moe_rco.ckpt.reader import Checkpoint
+from tests import killing
 
 SMALL = (
     "calibration.sequences=48",
@@ -55,6 +56,17 @@ def expert_bytes(directory: Path) -> int:
 
 def report_of(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "report.json").read_text())
+
+
+@pytest.mark.slow
+def test_the_same_recipe_gives_the_same_bytes(written: tuple[Path, str], tmp_path: Path) -> None:
+    """Also where Python orders its sets otherwise."""
+    arguments = prune_command(tmp_path / "again")
+    done = subprocess.run(
+        arguments, capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": "17"}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert killing.written(tmp_path / "again") == killing.written(written[0])
 
 
 @pytest.mark.slow
