@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from moe_rco.calib.data import check_sources
+from moe_rco.calib.data import check_sources, overlap
 from moe_rco.calib.team import processes_here
 from moe_rco.ckpt.destination import check_destination
 from moe_rco.ckpt.locate import fetch_model
@@ -25,6 +25,9 @@ from moe_rco.recipe import Recipe
 from moe_rco.report import BudgetPart, OptionCost, Preflight
 from moe_rco.types import Progress
 from moe_rco.units import format_size
+
+REPEATED = 0.05
+"""A share of the text kept out that may stand in the other as well: licences, menus and the like."""
 
 
 def check(recipe: Recipe, progress: Progress, *, overwrite: bool = False) -> Preflight:
@@ -84,6 +87,12 @@ def describe(sized: Sized, ready: Ready | None, times: Mapping[str, float]) -> P
     if sequences < 0.9 * recipe.calibration.sequences:
         warnings += (
             f"the calibration text gives {sequences} sequences, fewer than the {recipe.calibration.sequences} asked for",
+        )
+    repeated = 0.0 if ready is None else overlap(ready.pools[1], ready.pools[0])
+    if repeated > REPEATED:
+        warnings += (
+            f"{repeated:.0%} of the text that is kept out of the search is also in the text for gradients (the same documents "
+            "more than once?): what is measured on it looks better than it is; remove the duplicates",
         )
     return Preflight(
         model=recipe.model,

@@ -229,6 +229,7 @@ class Report(_Part):
     search: SearchPart
     stages: tuple[Stage, ...]
     memory: MemoryPart | None = None
+    warnings: tuple[str, ...] = ()
     scores: tuple[TaskScore, ...] = ()
     digest: str = ""
 

@@ -100,6 +100,7 @@ def build_report(
         ),
         stages=clock.stages,
         memory=clock.memory,
+        warnings=() if clock.expected is None else clock.expected.warnings,
     )
 
 

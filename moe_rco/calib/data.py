@@ -19,6 +19,9 @@ from transformers import AutoTokenizer
 from moe_rco.errors import DataError, ModelError
 from moe_rco.recipe import DEMO, DEMO_CALIBRATION, DEMO_HELDOUT, Calibration, DataSource
 
+SPAN = 32
+"""Tokens that different texts hardly ever have in common in a row."""
+
 
 @dataclass(frozen=True)
 class Document:
@@ -253,3 +256,20 @@ def _stack(rows: list[tuple[str, np.ndarray]], seed: int) -> TokenPool:
     order = np.random.default_rng(seed).permutation(len(rows))
     ids = torch.from_numpy(np.stack([rows[index][1] for index in order]))
     return TokenPool(ids, tuple(rows[index][0] for index in order))
+
+
+def overlap(pool: TokenPool, others: TokenPool) -> float:
+    """The share of a pool's text that also stands in another's: of all its spans of `SPAN` tokens."""
+    own = _spans(pool)
+    return float(np.isin(own, _spans(others)).mean()) if own.size else 0.0
+
+
+def _spans(pool: TokenPool) -> np.ndarray:
+    """A number for every span, uint64: equal ones have the same, and others hardly ever."""
+    ids = pool.ids.numpy().astype(np.uint64)
+    width = ids.shape[1] - SPAN + 1
+    factors = np.random.default_rng(0).integers(1 << 63, size=SPAN, dtype=np.uint64) | np.uint64(1)
+    total = np.zeros((len(ids), max(0, width)), dtype=np.uint64)
+    for place, factor in enumerate(factors if width > 0 else ()):
+        total += ids[:, place : place + width] * factor
+    return total.ravel()

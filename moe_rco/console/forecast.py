@@ -45,8 +45,7 @@ def show_preflight(preflight: Preflight, console: Console | None = None) -> None
         table.add_row("", f"{name}: {format_duration(seconds)}")
     table.add_row("output", p.output)
     show(console, f"Dry run: {p.model}", table)
-    for warning in p.warnings:
-        console.print(f"note: {warning}", style="yellow", soft_wrap=True)
+    _warn(p, console)
     console.print("Nothing was written.")
 
 
@@ -61,3 +60,9 @@ def show_forecast(preflight: Preflight, console: Console | None = None) -> None:
         longest = max(p.stages, key=lambda name: p.stages[name])
         line += f", and {format_duration(sum(p.stages.values()))}, most for: {longest}"
     console.print(f"{line}.", soft_wrap=True)
+    _warn(p, console)
+
+
+def _warn(preflight: Preflight, console: Console) -> None:
+    for warning in preflight.warnings:
+        console.print(f"note: {warning}", style="yellow", soft_wrap=True)

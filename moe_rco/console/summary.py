@@ -57,7 +57,9 @@ def show_summary(report: Report, console: Console | None = None) -> None:
         style=None if report.reload.passed else "bold red",
         soft_wrap=True,
     )
-    console.print(_resources(report))
+    for warning in report.warnings:
+        console.print(f"note: {warning}", style="yellow", soft_wrap=True)
+    console.print(_resources(report), soft_wrap=True)
     console.print(f"\nWritten to {report.output}. To use it from Python:\n", soft_wrap=True)
     for line in _usage(report):
         console.print(f"    {line}", soft_wrap=True)

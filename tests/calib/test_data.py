@@ -8,8 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from moe_rco.calib.data import cut_sequences, heldout_pool, load_tokenizer, make_pools, read_documents
+from moe_rco.calib.data import (
+    SPAN,
+    TokenPool,
+    cut_sequences,
+    heldout_pool,
+    load_tokenizer,
+    make_pools,
+    overlap,
+    read_documents,
+)
 from moe_rco.errors import DataError, ModelError
 from moe_rco.recipe import DEMO, DEMO_MODEL, Calibration, DataSource
 
@@ -136,3 +146,16 @@ def test_the_demo_is_measured_on_text_that_was_not_calibrated_on() -> None:
     assert set(train.domains) == set(kept_out.domains) == set(heldout.domains)
     used = {row.numpy().tobytes() for pool in (train, kept_out) for row in pool.ids}
     assert not used & {row.numpy().tobytes() for row in heldout.ids}
+
+
+def test_overlap_is_the_share_of_spans_that_stand_in_both() -> None:
+    rng = np.random.default_rng(0)
+    ids = torch.from_numpy(rng.integers(0, 1000, (8, 64)))
+    pool = TokenPool(ids, ("x",) * 8)
+    assert overlap(pool, TokenPool(ids.flip(0), ("x",) * 8)) == 1
+    assert overlap(pool, TokenPool(ids + 1000, ("x",) * 8)) == 0
+    # Two of eight sequences, cut elsewhere: of 33 spans each, those within the 48 tokens that are there.
+    shifted = ids[:2].roll(16, 1)
+    shifted[:, :16] = 5000
+    assert overlap(pool, TokenPool(shifted, ("x",) * 2)) == 2 * (48 - SPAN + 1) / (8 * (64 - SPAN + 1))
+    assert overlap(TokenPool(ids[:, : SPAN - 1], ("x",) * 8), pool) == 0  # too short to tell

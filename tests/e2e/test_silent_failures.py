@@ -17,8 +17,14 @@ from tests.tiny_job import save_job
 
 
 def run(place: Path, *settings: str, **model: Any) -> tuple[Report, Path]:
+    place.mkdir(exist_ok=True)
     job = save_job(place, steps=0, refine=0, **model)
-    return prune(recipes.load(str(job), [f"output={place / 'out'}", *settings])), place / "out"
+    return run_again(job, "out", *settings)
+
+
+def run_again(job: Path, name: str, *settings: str) -> tuple[Report, Path]:
+    output = job.parent / name
+    return prune(recipes.load(str(job), [f"output={output}", *settings])), output
 
 
 @pytest.mark.parametrize(
@@ -48,14 +54,14 @@ def test_only_routed_experts_change_and_nothing_is_written_twice(
 
 
 def test_experts_that_saw_no_token_are_quantised_all_the_same_and_told(tmp_path: Path) -> None:
-    report, output = run(
-        tmp_path,
+    settings = (
         "calibration.sequences=2",
         "calibration.sequence_length=8",
         "calibration.holdout=0.5",
         "options=[int4-g64]",
         "budget.ratio=0.3",
     )
+    report, output = run(tmp_path, *settings)
     unseen = {
         (layer.layer, e) for layer in report.layers for e, tokens in enumerate(layer.tokens) if not tokens
     }
@@ -68,8 +74,21 @@ def test_experts_that_saw_no_token_are_quantised_all_the_same_and_told(tmp_path:
         values = written.read(name)
         assert bool(torch.isfinite(values).all()), name
         assert bool((values != 0).all()), name
-    # What saw nothing is rounded to the original, not to noise.
-    assert report.kl < 0.1
+    rounded, _ = run(tmp_path / "rtn", *settings, "quantizer.method=rtn")
+    assert report.kl < 3 * rounded.kl  # on eight tokens: no noise
+
+
+def test_text_that_is_measured_on_after_it_was_calibrated_on_is_told(tmp_path: Path) -> None:
+    """The same documents twice: some fall on both sides."""
+    clean, _ = run(tmp_path)
+    assert clean.warnings == ()
+    text = tmp_path / "model" / "text.jsonl"
+    text.write_text("".join(line * 2 for line in text.read_text().splitlines(keepends=True)))
+    report, _ = run_again(tmp_path / "recipe.yaml", "twice")
+    (warning,) = report.warnings
+    share, _, rest = warning.partition(" ")
+    assert 10 < int(share.removesuffix("%")) <= 100
+    assert "also in the text for gradients" in rest
 
 
 def test_the_router_is_asked_as_the_model_was_trained(tmp_path: Path) -> None:
@@ -78,7 +97,6 @@ def test_the_router_is_asked_as_the_model_was_trained(tmp_path: Path) -> None:
 
     for number, normalised in enumerate((True, False)):
         place = tmp_path / str(number)
-        place.mkdir()
         report, _ = run(
             place, "options=[bf16]", "budget.ratio=1", family="qwen2_moe", norm_topk_prob=normalised
         )
