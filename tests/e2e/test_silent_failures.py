@@ -86,7 +86,7 @@ def test_text_that_is_measured_on_after_it_was_calibrated_on_is_told(tmp_path: P
     text = tmp_path / "model" / "text.jsonl"
     short = [json.loads(line)["text"][:400] for line in text.read_text().splitlines()]
     text.write_text("".join(json.dumps({"text": part}) + "\n" for part in short for _ in range(2)))
-    report, _ = run_again(tmp_path / "recipe.yaml", "twice")
+    report, _ = run_again(tmp_path / "recipe.yaml", "twice", "calibration.sequences=110")
     (warning,) = report.warnings
     share, _, rest = warning.partition(" ")
     assert 10 < int(share.removesuffix("%")) <= 100
