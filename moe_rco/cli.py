@@ -325,6 +325,8 @@ def eval_(
     chosen = scoring.make_settings(
         tasks=tasks or (("demo",) if scoring.is_demo(directory) else ("default",)), **options
     )
+    if chosen.model_args.get("trust_remote_code"):
+        click.echo("note: trust_remote_code is on: code that comes with the model will be run", err=True)
     outcome = scoring.evaluate(
         directory,
         chosen,

@@ -198,7 +198,7 @@ def load_model(directory: Path, device: torch.device, dtype: torch.dtype) -> Any
         if method == QUANT_METHOD:
             model = _dequantized_model(checkpoint, dtype)
         else:
-            model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+            model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, trust_remote_code=False)
         return model.to(device).eval()
     finally:
         if bars:
@@ -206,7 +206,7 @@ def load_model(directory: Path, device: torch.device, dtype: torch.dtype) -> Any
 
 
 def _dequantized_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    config: Any = AutoConfig.from_pretrained(checkpoint.directory)
+    config: Any = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False)
     del config.quantization_config
     model_class = getattr(transformers, get_adapter(checkpoint.config).architecture)
     weights = read_dequantized(checkpoint, dtype)

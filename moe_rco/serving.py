@@ -26,6 +26,7 @@ from moe_rco.units import format_size
 GPU_SHARE = 0.9
 """vLLM's own default of --gpu-memory-utilization is this or a little more."""
 CPU_CACHE = "VLLM_CPU_KVCACHE_SPACE"
+LOCALHOST = "127.0.0.1"
 MOST_CPU_CACHE = 4
 """GiB of KV cache on a CPU when nobody says; vLLM itself would ask for nearly all memory of the machine."""
 _COUNT = re.compile(r"([0-9]+(?:\.[0-9]+)?)([kKmMgG]?)")
@@ -87,9 +88,11 @@ def plan_serving(directory: str | Path, options: Sequence[str] = ()) -> ServePla
         ):
             left = max(0, available - weights) // 2**31  # half of what is left, in GiB
             environment[CPU_CACHE] = str(max(1, math.ceil(kv_cache / 2**30), min(MOST_CPU_CACHE, left)))
+    # vLLM's own default is to listen on every network.
+    told = asked.host is not None or asked.uds is not None or asked.config is not None
     plan = ServePlan(
         checkpoint.directory,
-        tuple(options),
+        tuple(options) if told else (*options, "--host", LOCALHOST),
         environment,
         f"GPU ({torch.cuda.get_device_name(0)})" if on_gpu else "CPU",
         devices,
@@ -119,6 +122,8 @@ def _asked(options: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--tensor-parallel-size", "--tensor_parallel_size", "-tp", type=int, default=1)
     parser.add_argument("--pipeline-parallel-size", "--pipeline_parallel_size", "-pp", type=int, default=1)
+    for name in ("--host", "--uds", "--config"):
+        parser.add_argument(name)
     parser.add_argument("--max-model-len", "--max_model_len")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--gpu-memory-utilization", "--gpu_memory_utilization", type=float)

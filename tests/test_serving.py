@@ -33,7 +33,7 @@ def test_weights_and_cache_of_the_demo_model() -> None:
     assert plan.weights == 2 * demo_numel()
     assert plan.context == 1024
     assert plan.kv_cache == DEMO_KV * 2 * 1024
-    assert plan.options == ()
+    assert plan.options == ("--host", "127.0.0.1")
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,15 @@ def test_vllm_s_options_are_heeded_and_passed_on(
     plan = serving.plan_serving(DEMO_MODEL, options)
     assert plan.weights == pytest.approx(weights * demo_numel(), abs=1)
     assert plan.kv_cache == pytest.approx(kv_cache, abs=1)
-    assert plan.options == options
+    assert plan.options == (*options, "--host", "127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    "options", [("--host", "0.0.0.0"), ("--host=::",), ("--uds", "/run/x"), ("--config", "x.yaml")]
+)
+def test_it_listens_to_this_machine_alone_unless_told(options: tuple[str, ...]) -> None:
+    assert serving.plan_serving(DEMO_MODEL, options).options == options
+    assert serving.plan_serving(DEMO_MODEL).options == ("--host", "127.0.0.1")
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,9 @@ def _load(name: str, **options: Any) -> Any:
 def load_tokenizer(directory: Path) -> Any:
     """The tokenizer of a model directory. Raises ModelError."""
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(

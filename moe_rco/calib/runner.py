@@ -64,7 +64,7 @@ class Runner:
         layers: int | None = None,
     ) -> None:
         self.adapter, self.device, self.dtype = adapter, device, dtype
-        self.config: Any = AutoConfig.from_pretrained(checkpoint.directory)
+        self.config: Any = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False)
         # Families that mix kinds of attention list them; the others are all sliding or all full.
         kind = (
             "full_attention" if getattr(self.config, "sliding_window", None) is None else "sliding_attention"

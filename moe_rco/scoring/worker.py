@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import threading
 import traceback
@@ -18,6 +19,8 @@ from moe_rco.errors import ScoringError, UserError
 from moe_rco.scoring.files import ERROR, LOG, Request
 from moe_rco.scoring.results import write
 from moe_rco.scoring.tasks import load_tasks
+
+_SECRET = re.compile("token$|key$|secret|password", re.IGNORECASE)
 
 
 def score(request: Request) -> None:
@@ -58,8 +61,13 @@ def score(request: Request) -> None:
             "try a smaller --batch-size, or --model-arg dtype=bfloat16"
         ) from error
     # Given a model object, lm-eval does not know what it was made from.
-    results["config"] |= {"model": settings.backend, "model_args": arguments}
+    results["config"] |= {"model": settings.backend, "model_args": without_secrets(arguments)}
     write(request.directory, results)
+
+
+def without_secrets(arguments: dict[str, Any]) -> dict[str, Any]:
+    """What may be written to a file: `token`, `api_key`, `password` and the like are blotted out."""
+    return {name: "***" if _SECRET.search(name) else value for name, value in arguments.items()}
 
 
 def main() -> int:

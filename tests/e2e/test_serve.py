@@ -60,8 +60,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = (
-        "--host",
-        "127.0.0.1",
         "--port",
         str(port),
         "--dtype",
