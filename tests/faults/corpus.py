@@ -1,0 +1,86 @@
+"""All bad input there is: sound directories are made once, and every case changes a copy."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.faults import checkpoints, outputs, recipes, stores, texts
+from tests.faults.judge import Case, Row, judged
+from tests.killing import written
+from tests.tiny_job import save_job
+
+KINDS = {"recipe": 0.42, "checkpoint": 0.25, "output": 0.16, "text": 0.12, "store": 0.05}
+"""Which share of the cases is of which kind."""
+
+
+class Corpus:
+    """Cases below a directory; the same seed gives the same ones."""
+
+    def __init__(self, place: Path) -> None:
+        self.place, self.job = place, place / "job"
+        self.job.mkdir(parents=True)
+        save_job(self.job, steps=30, refine=0)
+        path = self.job / "recipe.yaml"
+        # Cases are copies of the directory: the recipe must not lead back to the first one.
+        path.write_text(path.read_text().replace(f"{self.job}/", ""))
+
+    def cases(self, kind: str, count: int, seed: int) -> list[Case]:
+        """Some of a kind of `KINDS`."""
+        rng = random.Random(f"{kind} {seed}")
+        if kind == "output":
+            return outputs.cases(self._finished(), count, rng)
+        if kind == "store":
+            expected = written(self._finished() / "done")
+            return stores.cases(self._interrupted(), expected, count, rng)
+        module = {"recipe": recipes, "checkpoint": checkpoints, "text": texts}[kind]
+        return module.cases(self.job, count, rng)
+
+    def tried(self, kind: str, count: int, seed: int, only: int | None = None) -> Iterator[tuple[int, str]]:
+        """Number and what went wrong, if anything, of every case."""
+        for number, case in enumerate(self.cases(kind, count, seed)):
+            if only is None or number == only:
+                yield number, judged(case, seed * 100_003 + number, self.place / "case")
+
+    def row(self, kind: str, count: int, seed: int) -> Row:
+        found = dict(self.tried(kind, count, seed))
+        failed = (f"--kinds {kind} --seed {seed} --only {n}: {wrong}" for n, wrong in found.items() if wrong)
+        return Row(kind, len(found), tuple(failed))
+
+    def _command(self, directory: Path) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "moe_rco.cli", "prune", "--recipe", "recipe.yaml"]
+        return subprocess.Popen(command, cwd=directory, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def _copy(self, name: str) -> Path:
+        return shutil.copytree(self.job, self.place / name)
+
+    def _finished(self) -> Path:
+        """A directory with a finished output, `done`, and nothing else."""
+        if not (self.place / "finished").exists():
+            run = self._copy("run")
+            if self._command(run).wait():
+                raise RuntimeError("the sound job failed")
+            (self.place / "finished").mkdir()
+            (run / "out").rename(self.place / "finished" / "done")
+        return self.place / "finished"
+
+    def _interrupted(self) -> Path:
+        """A directory with a job that was killed in its search."""
+        place = self.place / "interrupted"
+        if not place.exists():
+            self._copy(place.name)
+            process, search = self._command(place), place / "out.work" / "search.safetensors"
+            while process.poll() is None and not search.exists():
+                time.sleep(0.005)
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            if not search.exists():
+                raise RuntimeError("the sound job was over before it could be killed")
+        return place

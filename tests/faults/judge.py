@@ -1,0 +1,150 @@
+"""Runs the command line on bad input, and tells whether it was handled: refused in one line, or done, within bounds."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from moe_rco import cli
+
+SECONDS = 60
+ROOM = 2 << 30
+"""Bytes that a command may take beside what is loaded already."""
+OUTPUTS = ("out", "out.work")
+"""What a command may make or change in its directory."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing that is wrong. `make` changes a fresh copy of the directory `base` and returns the command's arguments.
+
+    `refused` tells that the command must not end well; otherwise it may, as what is changed may do no harm.
+    """
+
+    kind: str
+    name: str
+    base: Path
+    make: Callable[[Path, random.Random], list[str]]
+    refused: bool = False
+    check: Callable[[Path], str] = lambda place: ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """How many cases of a kind were tried, and those that were not handled, each with what happened."""
+
+    kind: str
+    tried: int
+    failed: tuple[str, ...] = ()
+
+
+def judged(case: Case, seed: int, place: Path) -> str:
+    """Run a case in a directory of its own, removed afterwards; what is wrong with how it was handled, or nothing."""
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(case.base, place, symlinks=True)
+    arguments = case.make(place, random.Random(seed))
+    before, log = _state(place), place.with_name(place.name + ".log")
+    code, seconds = _run(arguments, place, log)
+    said = log.read_text(encoding="utf-8", errors="replace")
+    wrong = _wrong(case, code, seconds, said, before, _state(place))
+    wrong = wrong or (case.check(place) if code == 0 else "")
+    return f"{' '.join(arguments)}: {wrong}" if wrong else ""
+
+
+def _wrong(
+    case: Case, code: int, seconds: float, said: str, before: dict[str, object], after: dict[str, object]
+) -> str:
+    last = said.strip().splitlines()[-1:] or [""]
+    if seconds > SECONDS:
+        return f"no end after {SECONDS} s"
+    if code not in (0, 2):
+        return f"ended with {code}: {last[0][:200]}"
+    if "Traceback" in said or "internal error" in said:
+        return f"shows a fault: {last[0][:200]}"
+    if code == 0 and case.refused:
+        return "was not refused"
+    # The command line's own complaints about its arguments have a capital letter.
+    errors = [line for line in said.splitlines() if line.lower().startswith("error: ")]
+    if code == 2 and (len(errors) != 1 or len(errors[0]) < 20 or errors[0] != last[0]):
+        return f"was refused with {len(errors)} messages: {last[0][:200]}"
+    ours = ("", *(f"{name}/" for name in OUTPUTS))
+    changed = {
+        name
+        for name in before.keys() | after.keys()
+        if before.get(name) != after.get(name) and name not in OUTPUTS and not name.startswith(ours[1:])
+    }
+    if changed:
+        return f"changed {min(changed)}"
+    if code == 2 and "out" in after and "out" not in before:
+        return "left an output"
+    return ""
+
+
+def _run(arguments: list[str], place: Path, log: Path) -> tuple[int, float]:
+    """The exit code of a command and the seconds it took, in a process forked from this one, which has everything loaded."""
+    start = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            status = _command(arguments, place, log)
+        finally:
+            os._exit(status)
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        seconds = time.monotonic() - start
+        if done:
+            return os.waitstatus_to_exitcode(status), seconds
+        if seconds > SECONDS:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return -signal.SIGKILL, seconds
+        time.sleep(0.002)
+
+
+def _command(arguments: list[str], place: Path, log: Path) -> int:
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False)
+    os.chdir(place)
+    limit = psutil.Process().memory_info().vms + ROOM
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    try:
+        cli.app(arguments, prog_name="moe-rco")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+    except BaseException:  # noqa: BLE001 (it is what is looked for)
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return 0
+
+
+def _state(place: Path) -> dict[str, object]:
+    """Every path below a directory, with what would change if it did."""
+    found: dict[str, object] = {}
+    for directory, names, files in os.walk(place):
+        for name in (*names, *files):
+            path = Path(directory) / name
+            facts = path.lstat()
+            found[str(path.relative_to(place))] = (
+                facts.st_mode,
+                0 if path.is_dir() else facts.st_size,
+                0 if path.is_dir() else facts.st_mtime_ns,
+            )
+    return found

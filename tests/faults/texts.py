@@ -1,0 +1,85 @@
+"""Calibration text that is none, or not what its name says."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+from tests.faults.judge import Case
+from tests.faults.values import damage, replace
+
+CONTENTS: dict[str, bytes] = {
+    "empty.jsonl": b"",
+    "blank.jsonl": b"\n\n \n",
+    "null.jsonl": b"null\n" * 9,
+    "numbers.jsonl": b'{"text": 3}\n' * 9,
+    "list.jsonl": b"[1, 2]\n" * 9,
+    "column.jsonl": b'{"body": "words"}\n' * 9,
+    "nothing.jsonl": b'{"text": ""}\n' * 9,
+    "half.jsonl": b'{"text": "words',
+    "nan.jsonl": b'{"text": NaN}\n',
+    "deep.jsonl": b"[" * 100_000,
+    "surrogate.jsonl": b'{"text": "\\ud800"}\n' * 99,
+    "nul.jsonl": b'{"text": "a\\u0000b c d e"}\n' * 400,
+    "short.txt": b"Few words.",
+    "empty.txt": b"",
+    "binary.txt": bytes(range(256)) * 99,
+    "utf16.txt": "words ".encode("utf-16") * 99,
+    "line.txt": b"word " * 400_000,
+    "same.txt": b"\x00" * 50_000,
+    "empty.parquet": b"",
+    "not.parquet": b"PAR1" + b"x" * 500 + b"PAR1",
+    "other.csv": b"a,b\n1,2\n",
+    "array.json": b'[{"text": "words"}]',
+    "none": b"words",
+    "bom.jsonl": b'\xef\xbb\xbf{"text": "words"}\n' * 9,
+    "long.jsonl": b'{"text": "' + b"word " * 300_000 + b'"}\n',
+    "domains.jsonl": b'{"text": "some words to read here", "domain": {"a": 1}}\n' * 200,
+    "emoji.txt": ("\U0001f4a9\u202e" * 9_000).encode(),
+}
+
+
+def cases(base: Path, count: int, rng: random.Random) -> list[Case]:
+    """Of a directory that holds a sound job."""
+    fixed = [Case("calibration text", name, base, _content(name)) for name in CONTENTS]
+    made = [
+        Case("calibration text", "changed", base, rng.choice((_damaged, _replaced, _mixed)))
+        for _ in range(count)
+    ]
+    return [*fixed, *made][:count]
+
+
+def _prune(*settings: str) -> list[str]:
+    sets = [part for setting in settings for part in ("--set", setting)]
+    return ["prune", "--recipe", "recipe.yaml", "--dry-run", *sets]
+
+
+def _content(name: str):
+    def make(place: Path, rng: random.Random) -> list[str]:
+        (place / name).write_bytes(CONTENTS[name])
+        return _prune(f"calibration.data={name}")
+
+    return make
+
+
+def _damaged(place: Path, rng: random.Random) -> list[str]:
+    damage(place / "model" / "text.jsonl", rng)
+    return _prune()
+
+
+def _replaced(place: Path, rng: random.Random) -> list[str]:
+    replace(place / "model" / "text.jsonl", rng)
+    return _prune()
+
+
+def _mixed(place: Path, rng: random.Random) -> list[str]:
+    """Sound and unsound sources together, with weights."""
+    names = rng.sample(list(CONTENTS), 2)
+    for name in names:
+        (place / name).write_bytes(CONTENTS[name])
+    weights = [rng.choice((0, -1, 1e-9, 1, 10**12, "x", None)) for _ in range(3)]
+    sources = [
+        {"data": name, "weight": w} for name, w in zip([*names, "model/text.jsonl"], weights, strict=True)
+    ]
+    return _prune(f"calibration.data={json.dumps(sources)}")
