@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import difflib
 
-from moe_rco.adapters.base import Adapter, Config, route
+from moe_rco.adapters.base import Adapter, Config, check_sizes, route
 from moe_rco.adapters.mixtral import Mixtral
 from moe_rco.adapters.qwen2_moe import Qwen2Moe
 from moe_rco.adapters.qwen3_moe import Qwen3Moe
 from moe_rco.errors import ModelError
 
 FAMILIES: dict[str, Adapter] = {family.model_type: family for family in (Qwen3Moe(), Qwen2Moe(), Mixtral())}
+MOST_EXPERTS = 10**6
+"""In all layers: more than any model has, and few enough to be listed."""
 
 
 def get_adapter(config: Config) -> Adapter:
@@ -23,6 +25,7 @@ def get_adapter(config: Config) -> Adapter:
             f"model_type '{model_type}' in config.json is not supported{hint} (supported: {', '.join(sorted(FAMILIES))})"
         )
     adapter = FAMILIES[model_type]
+    check_sizes(config)
     named = config.get("architectures") or [adapter.architecture]
     if adapter.architecture not in named:
         raise ModelError(
@@ -32,6 +35,10 @@ def get_adapter(config: Config) -> Adapter:
     if not 1 <= top_k <= experts:
         raise ModelError(
             f"config.json routes each token to {top_k} of {experts} experts; num_experts_per_tok is wrong"
+        )
+    if experts * len(adapter.moe_layers(config)) > MOST_EXPERTS:
+        raise ModelError(
+            f"config.json describes {experts:,} experts in each of {len(adapter.moe_layers(config)):,} layers; is it damaged?"
         )
     if not adapter.moe_layers(config):
         raise ModelError("config.json describes no MoE layer (see mlp_only_layers and decoder_sparse_step)")

@@ -20,6 +20,26 @@ MASKED_LOGIT = -1e30
 
 Config = Mapping[str, Any]
 
+MOST = 10**8
+"""No size in a config.json is larger."""
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "num_hidden_layers",
+    "num_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+    "decoder_sparse_step",
+)
+_LISTS = {"mlp_only_layers": int, "layer_types": str, "architectures": str}
+
 
 def get_field(config: Config, key: str) -> Any:
     """A required entry of config.json. Raises ModelError naming the key."""
@@ -28,6 +48,27 @@ def get_field(config: Config, key: str) -> Any:
             f"config.json of this {config.get('model_type')} model has no '{key}'; is the file complete?"
         )
     return config[key]
+
+
+def check_sizes(config: Config) -> None:
+    """Raise ModelError for the first entry that is not of the kind and size it must be; those that are missing may be so."""
+    for key in _SIZES:
+        value = config.get(key)
+        if value is not None and (type(value) is not int or not 1 <= value <= MOST):
+            raise ModelError(
+                f"config.json: {key} is {_shown(value)}; it must be a whole number from 1 to {MOST:,}"
+            )
+    for key, kind in _LISTS.items():
+        value = config.get(key)
+        if value is not None and not (isinstance(value, list) and all(type(item) is kind for item in value)):
+            raise ModelError(f"config.json: {key} is {_shown(value)}; it must be a list of {kind.__name__}")
+    if not isinstance(config.get("hidden_act", ""), str):
+        raise ModelError(f"config.json: hidden_act is {_shown(config['hidden_act'])}; it must be a name")
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) < 40 else text[:40] + "..."
 
 
 class Adapter:

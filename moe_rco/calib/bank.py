@@ -16,7 +16,7 @@ from moe_rco.calib.window import Window
 from moe_rco.ckpt.data import read_tensor
 from moe_rco.ckpt.header import TensorInfo
 from moe_rco.ckpt.reader import Checkpoint
-from moe_rco.errors import StoreError
+from moe_rco.errors import ModelError, StoreError
 from moe_rco.quant.grid import Quantized
 from moe_rco.quant.packing import PACKED, SCALE, SHAPE, WEIGHT, ZERO_POINT, unpack
 from moe_rco.types import CostTable, Option, Weight
@@ -100,9 +100,7 @@ class OptionBank:
     ) -> None:
         self.table, self.device, self.dtype, self.streaming = table, device, dtype, streaming
         self._checkpoint, self.config = checkpoint, checkpoint.config
-        self._activation: Callable[[torch.Tensor], torch.Tensor] = ACT2FN[
-            checkpoint.config.get("hidden_act", "silu")
-        ]
+        self._activation = _activation(str(checkpoint.config.get("hidden_act", "silu")))
         self._layers: dict[tuple[int, bool], LayerBank] = {}
         self._store: Stored | None = None
         self._stored: dict[tuple[int, int], Mapping[str, TensorInfo]] = {}
@@ -201,6 +199,12 @@ class OptionBank:
                 raise StoreError(f"no store of quantised experts to read layer {layer} at {named} from")
             self._stored[layer, option] = self._store.tensors(layer, named)
         return self._stored[layer, option]
+
+
+def _activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    if name not in ACT2FN:
+        raise ModelError(f"config.json: hidden_act '{name}' is not known to transformers")
+    return ACT2FN[name]
 
 
 def _nbytes(compact: Compact) -> int:

@@ -92,7 +92,7 @@ def _jsonl(path: Path, text_field: str) -> Iterator[Document]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"calibration data {path}, line {number}: not JSON ({error})") from error
         yield _document(row, text_field, path.stem, f"{path}, line {number}")
 
@@ -108,6 +108,10 @@ def _document(row: Any, text_field: str, name: str, where: str) -> Document:
         columns = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
         raise DataError(
             f"calibration data {where}: no text in '{text_field}' (there are: {columns}); set calibration.text_field"
+        )
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise DataError(
+            f"calibration data {where}: half a character (a lone surrogate) in '{text_field}'; correct the file"
         )
     return Document(text, str(row.get("domain", name)))
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -22,7 +23,7 @@ from moe_rco.adapters import Adapter
 from moe_rco.calib.streaming import Streaming, give_back
 from moe_rco.calib.transfer import Mover
 from moe_rco.calib.window import Window
-from moe_rco.ckpt.reader import Checkpoint
+from moe_rco.ckpt.reader import CONFIG, Checkpoint
 from moe_rco.errors import ModelError
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -47,6 +48,22 @@ class Context:
     masks: dict[str, Any]
 
 
+_REFUSALS = (
+    *(
+        ArithmeticError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ),
+    StrictDataclassError,
+)
+"""What transformers raises for a config.json that it cannot make sense of: it checks little before it uses it."""
+
+
 class Runner:
     """The dense part of a causal MoE model: everything except the routed experts.
 
@@ -64,7 +81,7 @@ class Runner:
         layers: int | None = None,
     ) -> None:
         self.adapter, self.device, self.dtype = adapter, device, dtype
-        self.config: Any = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False)
+        self.config, model = _described(checkpoint, dtype)
         # Families that mix kinds of attention list them; the others are all sliding or all full.
         kind = (
             "full_attention" if getattr(self.config, "sliding_window", None) is None else "sliding_attention"
@@ -72,10 +89,6 @@ class Runner:
         self._attention = getattr(self.config, "layer_types", None) or [kind] * self.config.num_hidden_layers
         self.num_layers: int = self.config.num_hidden_layers if layers is None else layers
         self.moe_layers = frozenset(adapter.moe_layers(checkpoint.config))
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(
-                self.config, dtype=dtype, attn_implementation="sdpa"
-            )
         for layer in self.moe_layers:
             model.model.layers[layer].mlp.experts = nn.Identity()
         model.requires_grad_(False).eval()
@@ -220,6 +233,19 @@ class Runner:
         """Last hidden states [..., H] to float32 logits [..., V]."""
         with self.head() as logits:
             return logits(h)
+
+
+def _described(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Any, Any]:
+    """transformers' configuration and model, without weights. Raises ModelError where it refuses what config.json says."""
+    try:
+        config: Any = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False)
+        with torch.device("meta"):
+            return config, AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    except _REFUSALS as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"transformers cannot use {checkpoint.directory / CONFIG} ({type(error).__name__}: {reason}); correct it there"
+        ) from error
 
 
 def _nbytes(weights: dict[str, torch.Tensor]) -> int:

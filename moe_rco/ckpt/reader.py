@@ -156,7 +156,10 @@ class Checkpoint:
                 f"{self.directory / INDEX} names the file '{name}', which is not in the model directory"
             )
         path = self.directory / name
-        target, home = path.resolve(), self.directory.resolve()
+        try:
+            target, home = path.resolve(), self.directory.resolve()
+        except (OSError, RuntimeError) as error:  # RuntimeError: a loop, up to Python 3.12
+            raise ModelError(f"{path} is a link that leads nowhere; {AGAIN}") from error
         in_cache = home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"
         if path.is_symlink() and target.parent != home and not in_cache:
             raise ModelError(
