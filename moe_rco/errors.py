@@ -39,6 +39,14 @@ class OutputError(UserError):
     """The output directory exists, cannot be written, or does not fit on the disk."""
 
 
+class FileError(UserError):
+    """The system does not let a file be read or written, or it is gone."""
+
+
+class MemoryShortageError(UserError):
+    """Memory ended in the middle, of the host or of a device."""
+
+
 class TeamError(UserError):
     """A process that shares the run's work is gone: nobody's mistake, so the exit code is 1."""
 
