@@ -207,7 +207,7 @@ def _made(
         work.keep_parts(parts)
         checkpoint.check_finite(sized.table.groups, clock)
         # Of several processes each has its part to do, and how they get in each other's way is not measured.
-        times = stage_times(ready, clock) if team.size == 1 else {}
+        times = stage_times(ready, clock, work.path) if team.size == 1 else {}
         expected = checks.describe(sized, ready, times)
         clock.times, clock.expected = times, expected
         told(expected)

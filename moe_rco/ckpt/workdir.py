@@ -20,6 +20,8 @@ from moe_rco.ckpt.writer import write_text
 from moe_rco.errors import LockError, OutputError
 
 SUFFIX = ".work"
+TRIAL = "moe-rco-"
+"""What directories begin with in which a run tries how fast it goes; nothing in them is kept."""
 _TRIES, _PAUSE = 5, 0.05
 """Who asks for a run's status holds its lock for a moment, which must not pass for a run."""
 
@@ -164,6 +166,8 @@ class WorkDirectory:
             if self.published:
                 self.clear()
             self._publishing.unlink(missing_ok=True)
+            for left in self.path.glob(f"{TRIAL}*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
             yield lock
         finally:
             # Before the lock is let go, so that nobody else's files are taken for ours.
@@ -191,9 +195,11 @@ class WorkDirectory:
     def last_holder(self) -> Holder | None:
         """The process that used the directory last, as far as the lock file tells."""
         try:
-            return Holder(**json.loads(self.lock.read_text(encoding="utf-8")))
+            found = Holder(**json.loads(self.lock.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return None
+        sound = isinstance(found.pid, int) and isinstance(found.host, str) and isinstance(found.started, str)
+        return found if sound else None
 
     def held_bytes(self) -> int:
         """What the files here take."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.killing import written
+from tests.killing import tree, written
 from tests.running import Start, Started
 from tests.tiny_job import save_job
 
@@ -30,9 +30,12 @@ class MissedError(Exception):
 
 @dataclass
 class Job:
-    """A recipe with some overrides. `expected` is what it gives undisturbed, `stages` what it says it does, in `seconds`."""
+    """A recipe with some overrides. `output` is what it gives undisturbed, `expected` its bytes, `stages` what it says it
+    does, in `seconds`.
+    """
 
     arguments: tuple[str, ...]
+    output: Path
     expected: dict[str, Any]
     stages: tuple[str, ...]
     seconds: float
@@ -65,7 +68,7 @@ class Bench:
             self.ended(run, 0)
             seconds = time.monotonic() - began
             stages = tuple(re.findall(r"^(.*) \.\.\.$", run.log, re.MULTILINE))
-            self.jobs[overrides] = Job(arguments, written(place / "out"), stages, seconds)
+            self.jobs[overrides] = Job(arguments, place / "out", written(place / "out"), stages, seconds)
         return self.jobs[overrides]
 
     def spilling(self) -> tuple[str, ...]:
@@ -110,6 +113,11 @@ class Bench:
         for part in parts:
             assert re.search(part, lines[0]), f"'{part}' is not in: {lines[0]}"
         return lines[0]
+
+    def old_output(self, place: Path) -> dict[str, bytes | None]:
+        """What another recipe gave lies where the run is to write; its bytes."""
+        shutil.copytree(self.job("--set", "budget=40%").output, place / "out")
+        return tree(place / "out")
 
     def completes(self, place: Path, job: Job, *arguments: str) -> None:
         """That the same command, undisturbed, ends in the same bytes, and leaves nothing else."""

@@ -9,6 +9,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+from tests.killing import tree
 from tests.runfaults import child
 from tests.runfaults.bench import THREE, Bench, Job, MissedError, a_moment
 from tests.runfaults.disks import disk, make_room, read_only
@@ -30,11 +31,11 @@ def too_small(bench: Bench, draw: random.Random) -> None:
     """A disk of any size below what is needed; some in blocks, some in files."""
     need = 2.5e6
     size = int(need * draw.uniform(0.02, 1) ** 2)
-    _full(bench, bench.job(), f"size={max(size, 8192)}", partial(child.with_room))
+    _full(bench, draw, bench.job(), f"size={max(size, 8192)}", partial(child.with_room))
 
 
 def too_few_files(bench: Bench, draw: random.Random) -> None:
-    _full(bench, bench.job(), f"size=64m,nr_inodes={draw.randrange(3, 45)}", partial(child.with_room))
+    _full(bench, draw, bench.job(), f"size=64m,nr_inodes={draw.randrange(3, 45)}", partial(child.with_room))
 
 
 def full_at_once(bench: Bench, draw: random.Random, pattern: str | None = None) -> None:
@@ -43,7 +44,7 @@ def full_at_once(bench: Bench, draw: random.Random, pattern: str | None = None) 
     overrides = THREE if pattern in OF_SEVERAL else ()
     if pattern in SPILLED:
         overrides = bench.spilling()
-    _full(bench, bench.job(*overrides), "size=64m", pattern)
+    _full(bench, draw, bench.job(*overrides), "size=64m", pattern)
 
 
 def full_log(bench: Bench, draw: random.Random) -> None:
@@ -71,15 +72,22 @@ def files_too_large(bench: Bench, draw: random.Random) -> None:
     bench.completes(place, job)
 
 
-def _full(bench: Bench, job: Job, options: str, how: str | partial[None]) -> None:
+def _full(bench: Bench, draw: random.Random, job: Job, options: str, how: str | partial[None]) -> None:
     place = bench.place()
     with disk(place, options):
         before = partial(child.full_at, how, place) if isinstance(how, str) else how
-        run = bench.start(place, *job.arguments, before=before)
+        over = ()
+        old = bench.old_output(place) if options == "size=64m" and draw.random() < 0.3 else {}
+        if old:
+            over = ("--overwrite",)
+        run = bench.start(place, *job.arguments, *over, before=before)
         bench.refused(run, FULL, str(place), r"\d (B|KiB|MiB)", GO_ON)
-        assert set(os.listdir(place)) <= {"out.work", child.FILLER}, os.listdir(place)
+        assert set(os.listdir(place)) <= {"out.work", child.FILLER, *(["out"] if old else [])}, os.listdir(
+            place
+        )
+        assert not old or tree(place / "out") == old, "the old output is another one"
         make_room(place)
-        bench.completes(place, job)
+        bench.completes(place, job, *over)
 
 
 def read_only_before(bench: Bench, draw: random.Random) -> None:
