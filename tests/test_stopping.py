@@ -40,8 +40,10 @@ CLEANING = """
     try:
         send(signal.SIGINT)
     finally:
-        send(signal.SIGINT)
-        time.sleep(20)
+        try:
+            send(signal.SIGINT)
+        except BaseException:
+            time.sleep(20)
 """
 ARGUMENTS = [
     ("send(signal.SIGINT)", 130),

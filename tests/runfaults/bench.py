@@ -47,6 +47,7 @@ class Bench:
 
     home: Path
     start: Start
+    steps: int = 8
     jobs: dict[tuple[str, ...], Job] = field(default_factory=dict)
     numbers: itertools.count[int] = field(default_factory=itertools.count)
     notes: Counter[str] = field(default_factory=Counter)
@@ -54,7 +55,7 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.home.chmod(0o755)  # also other users work here
-        self.recipe = save_job(self.home, steps=8, refine=16)
+        self.recipe = save_job(self.home, steps=self.steps, refine=2 * self.steps)
         self.model = self.home / "model"
 
     def job(self, *overrides: str) -> Job:
