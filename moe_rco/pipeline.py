@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
@@ -35,12 +35,12 @@ from moe_rco.ckpt.destination import check_place, existing_parent, publish, reco
 from moe_rco.ckpt.reader import Checkpoint
 from moe_rco.ckpt.rewrite import rewrite
 from moe_rco.ckpt.state import SavedState
-from moe_rco.ckpt.steady import Sealed, Steady
+from moe_rco.ckpt.steady import Sealed, staying
 from moe_rco.ckpt.store import Store
 from moe_rco.ckpt.workdir import Lock, Part, WorkDirectory
 from moe_rco.clock import Clock
 from moe_rco.curve import Curve
-from moe_rco.errors import ModelError, OutputError, RecipeError
+from moe_rco.errors import OutputError, RecipeError
 from moe_rco.explain import Needs, explaining
 from moe_rco.forecast import stage_times
 from moe_rco.job import Ready, Sized
@@ -149,7 +149,7 @@ def _prune(
     ready = replace(ready, streaming=_agreed(ready.streaming, team))
     sized, checkpoint = ready.sized, ready.checkpoint
     parts = part_names(sized.budgets)
-    with _steady(checkpoint, work, team):
+    with staying(checkpoint, work.clear if team.leads else lambda: None):
         reports, sealed = _made(ready, work, output, parts, clock, team, told)
     if not team.leads:
         team.wait()
@@ -165,21 +165,6 @@ def _prune(
     work.clear()
     team.wait()
     return tuple(reports)
-
-
-@contextmanager
-def _steady(checkpoint: Checkpoint, work: WorkDirectory, team: Team) -> Iterator[None]:
-    """However it ends: nothing that was made while the model changed is put in place, or gone on from. Raises ModelError."""
-    steady = Steady.of(checkpoint)
-    try:
-        yield
-    finally:
-        try:
-            steady.check()
-        except ModelError:
-            if team.leads:
-                work.clear()
-            raise
 
 
 def _check(sealed: Sealed) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +47,22 @@ class Steady:
             return Checkpoint(self.checkpoint.directory).digest() == self.checkpoint.digest()
         except ModelError:
             return False
+
+
+@contextmanager
+def staying(checkpoint: Checkpoint, forget: Callable[[], None]) -> Iterator[None]:
+    """However it ends: raises ModelError where the model has changed within, after `forget`, so that nothing that was made of
+    two models is put in place, or gone on from.
+    """
+    steady = Steady.of(checkpoint)
+    try:
+        yield
+    finally:
+        try:
+            steady.check()
+        except ModelError:
+            forget()
+            raise
 
 
 @dataclass(frozen=True)

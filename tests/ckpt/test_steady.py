@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moe_rco.ckpt.reader import Checkpoint
-from moe_rco.ckpt.steady import Sealed, Steady
+from moe_rco.ckpt.steady import Sealed, Steady, staying
 from moe_rco.errors import ModelError, OutputError
 from tests.tiny_models import save_tiny
 
@@ -67,3 +67,17 @@ def test_what_was_written_is_to_stay(tmp_path: Path, how: str) -> None:
         shutil.rmtree(tmp_path)
     with pytest.raises(OutputError, match="a was" if how == "all gone" else "b was"):
         sealed.check()
+
+
+def test_what_was_made_of_a_changed_model_is_forgotten_however_it_ends(model: Checkpoint) -> None:
+    forgotten = list[int]()
+    model.digest()
+    with pytest.raises(ZeroDivisionError), staying(model, lambda: forgotten.append(1)):
+        raise ZeroDivisionError
+    assert not forgotten
+    inside = staying(model, lambda: forgotten.append(1))
+    inside.__enter__()
+    change(model.files[0])
+    with pytest.raises(ModelError, match="was changed"):
+        inside.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
+    assert forgotten
