@@ -1,6 +1,7 @@
 """The command `moe-rco`. Parses arguments, calls the package, maps errors to exit codes.
 
-0: done. 1: a fault of ours. 2: the input cannot be used as given. 130: interrupted. Modules that load torch
+0: done. 1: a fault of ours. 2: the input cannot be used as given, or the system refused something. 130: interrupted;
+143: asked to end. Modules that load torch
 are imported inside the commands, so that `--help` and `validate` answer at once.
 """
 
@@ -10,6 +11,7 @@ import json
 import os
 import re
 import sys
+import traceback
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,24 +19,41 @@ from typing import Any
 import click
 
 from moe_rco._version import __version__
-from moe_rco.errors import OutputError, PlanError, ScoringError, UserError
+from moe_rco.errors import FileError, MemoryShortageError, OutputError, PlanError, ScoringError, UserError
+from moe_rco.explain import explained
+from moe_rco.stopping import LINE, Stopping
 
 EXIT_INTERRUPTED = 130
 _DEBUG_VARIABLE = "MOE_RCO_DEBUG"
+_stopping = Stopping()
 
 
 class _Commands(click.Group):
-    """Turns errors of the user into one line and exit code 2."""
+    """Turns errors of the user, and what the system refuses, into one line and exit code 2."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except UserError as error:
-            click.echo(f"error: {_one_line(error)}", err=True)
-            ctx.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo("interrupted; run the same command again to go on", err=True)
+            _say(LINE)
             ctx.exit(EXIT_INTERRUPTED)
+        except Exception as fault:
+            # What was interrupted may raise something else, as an import does.
+            error = fault if isinstance(fault, UserError) else explained(fault)
+            if error is None or _stopping.number:
+                raise
+            if isinstance(error, FileError | MemoryShortageError) and sys.excepthook is sys.__excepthook__:
+                traceback.print_exception(fault)
+            _say(f"error: {_one_line(error)}")
+            ctx.exit(error.exit_code)
+
+
+def _say(line: str) -> None:
+    try:
+        click.echo(line, err=True)
+    except OSError:
+        # A log on the disk that is full. What waits in the stream must not fail again, and change the exit code.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _one_line(error: BaseException) -> str:
@@ -345,7 +364,14 @@ def main() -> None:
         sys.excepthook = _report_fault
     # The Hub client logs every retry; what failed is in our one-line error.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    app(prog_name="moe-rco")
+    _stopping.install()
+    try:
+        app(prog_name="moe-rco")
+    except BaseException:
+        if not _stopping.number:
+            raise
+        _stopping.tell()
+        sys.exit(_stopping.code)
 
 
 if __name__ == "__main__":

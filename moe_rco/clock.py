@@ -17,10 +17,14 @@ from moe_rco.types import Progress
 
 @dataclass
 class Clock:
-    """Passes progress on, with the name of the budget if it has one, and notes how long each stage took."""
+    """Passes progress on, with the name of the budget if it has one, and notes how long each stage took.
+
+    `under` are the stages that have begun and not come to their end, also for who asks after an error.
+    """
 
     progress: Progress
     taken: list[tuple[str, float]] = field(default_factory=list)
+    under: list[str] = field(default_factory=list)
     name: str = ""
     expected: Preflight | None = None
     times: Mapping[str, float] = field(default_factory=dict)
@@ -32,8 +36,10 @@ class Clock:
     @contextmanager
     def stage(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
         start = time.monotonic()
+        self.under.append(title)
         with self.progress.stage(f"{self.name}: {title}" if self.name else title, total) as advance:
             yield advance
+        self.under.remove(title)
         self.taken.append((title, round(time.monotonic() - start, 3)))
 
     @property

@@ -64,6 +64,18 @@ class OutputError(UserError):
     remedy = "Name another directory with `--output`, make room, or say `--overwrite`; the same command goes on where it was."
 
 
+class FileError(UserError):
+    """The system does not let a file be read or written, or it is gone."""
+
+    remedy = "Mend what the message names, as permissions or a full disk: the same command goes on where it was."
+
+
+class MemoryShortageError(UserError):
+    """Memory ended in the middle, of the host or of a device."""
+
+    remedy = "Lower the setting that is named, or stream the weights (`execution.mode=streaming`): the same command goes on."
+
+
 class TeamError(UserError):
     """A process that shares the run's work is gone."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from moe_rco.baselines import PROXY_STRIDE, starting_points, unmeasured
 from moe_rco.calib.data import heldout_pool, load_tokenizer
 from moe_rco.calib.search import SEARCHES
@@ -25,11 +27,14 @@ OF_EACH_BUDGET = (
 """The stages that every budget has for itself."""
 
 
-def stage_times(ready: Ready, progress: Progress) -> dict[str, float]:
-    """Seconds that each stage of a run by one process will take, for its first budget. Raises ModelError, StoreError."""
+def stage_times(ready: Ready, progress: Progress, place: Path | None = None) -> dict[str, float]:
+    """Seconds that each stage of a run by one process will take, for its first budget. Files for trying it are in `place`.
+
+    Raises ModelError, StoreError.
+    """
     sized, search, checkpoint = ready.sized, ready.recipe.search, ready.checkpoint
     with progress.stage("measure how fast it goes", 1) as advance:
-        costs = measure_costs(ready)
+        costs = measure_costs(ready, place)
         advance(1)
     table, (train, kept_out) = sized.table, ready.pools
     layers, length = len(table.layers), train.ids.shape[1]

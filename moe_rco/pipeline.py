@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -31,23 +31,26 @@ from moe_rco.calib.runner import Runner
 from moe_rco.calib.search import SEED, Chosen, find, knapsack, start_logits
 from moe_rco.calib.streaming import Streaming
 from moe_rco.calib.team import Team, joined
-from moe_rco.ckpt.destination import check_place, publish, recover
+from moe_rco.ckpt.destination import check_place, existing_parent, publish, recover
 from moe_rco.ckpt.manifest import make_manifest
 from moe_rco.ckpt.reader import Checkpoint
 from moe_rco.ckpt.rewrite import rewrite
 from moe_rco.ckpt.shards import read_manifest
 from moe_rco.ckpt.state import SavedState
+from moe_rco.ckpt.steady import Sealed, staying
 from moe_rco.ckpt.store import Store
-from moe_rco.ckpt.workdir import Part, WorkDirectory
+from moe_rco.ckpt.workdir import Lock, Part, WorkDirectory
 from moe_rco.clock import Clock
 from moe_rco.curve import Curve
-from moe_rco.errors import RecipeError
+from moe_rco.errors import OutputError, RecipeError
+from moe_rco.explain import Needs, explaining
 from moe_rco.forecast import stage_times
 from moe_rco.job import Ready, Sized
 from moe_rco.plan import Plan, costs_digest
 from moe_rco.progress import Run, finished, part_names
 from moe_rco.recipe import Recipe
 from moe_rco.reload import RELOAD_SEQUENCES, reload
+from moe_rco.report import FILE_NAME as REPORT
 from moe_rco.report import Preflight, Report
 from moe_rco.reporting import build_report
 from moe_rco.types import Assignment, Budget, Progress, Silent
@@ -102,13 +105,36 @@ def prune_all(
     repair.
     """
     output = Path(recipe.output)
-    check_place(output)
     work = WorkDirectory.of(output)
-    with joined() as team, work.locked() if team.leads else nullcontext():
+    clock = Clock(progress or Silent())
+    with explaining(lambda: _needs(work, clock)):
+        check_place(output)
+        return _shared(recipe, work, output, clock, overwrite, told)
+
+
+def _shared(
+    recipe: Recipe,
+    work: WorkDirectory,
+    output: Path,
+    clock: Clock,
+    overwrite: bool,
+    told: Callable[[Preflight], None],
+) -> tuple[Report, ...]:
+    with joined() as team, work.locked() if team.leads else nullcontext() as lock:
         if team.leads:
             recover(output)
         team.wait()
-        return _prune(recipe, work, output, Clock(progress or Silent()), overwrite, team, told)
+        return _prune(recipe, work, output, clock, overwrite, team, told, lock)
+
+
+def _needs(work: WorkDirectory, clock: Clock) -> Needs:
+    """What the run had counted on when something was refused to it."""
+    stage, place = (clock.under or [""])[-1], existing_parent(work.path)
+    expected = clock.expected
+    if expected is None:
+        return Needs(place, stage=stage)
+    disk = max(0, expected.disk_needed - work.held_bytes())
+    return Needs(place, disk, expected.device_memory or expected.memory, expected.streamed, stage)
 
 
 def _prune(
@@ -119,31 +145,21 @@ def _prune(
     overwrite: bool,
     team: Team,
     told: Callable[[Preflight], None],
+    lock: Lock | None,
 ) -> tuple[Report, ...]:
     ready = team.in_turn(lambda: checks.make_ready(recipe, overwrite=overwrite))
     ready = replace(ready, streaming=_agreed(ready.streaming, team))
     sized, checkpoint = ready.sized, ready.checkpoint
     parts = part_names(sized.budgets)
-    if team.leads:
-        Run.of(recipe, sized.table, sized.budgets).save(work)
-        work.keep_parts(parts)
-        checkpoint.check_finite(sized.table.groups, clock)
-        # Of several processes each has its part to do, and how they get in each other's way is not measured.
-        times = stage_times(ready, clock) if team.size == 1 else {}
-        expected = checks.describe(sized, ready, times)
-        clock.times, clock.expected = times, expected
-        told(expected)
-    prepared = prepare(ready, work.path, clock, team)
-    heldout = heldout_pool(recipe.calibration, load_tokenizer(checkpoint.directory), prepared.pools[1])
-    reports, neighbour = list[Report](), None
-    for name, budget in zip(parts, sized.budgets, strict=True):
-        job = _Job(sized, prepared, heldout, budget, work.part(name), output / name, clock.at(name))
-        report, neighbour = job.done(neighbour)
-        reports += [report] if report is not None else []
-        clock.taken.clear()  # what all budgets share is told of the first
+    with staying(checkpoint, work.clear if team.leads else lambda: None):
+        reports, sealed = _made(ready, work, output, parts, clock, team, told)
     if not team.leads:
         team.wait()
         return tuple(Report.load(output / name) for name in parts)
+    for each in sealed:
+        _check(each)
+    if lock is not None:
+        lock.check()
     if len(reports) > 1:
         Curve.of(parts, reports).save(work.checkpoint)
     work.will_publish()
@@ -151,6 +167,48 @@ def _prune(
     work.clear()
     team.wait()
     return tuple(reports)
+
+
+def _check(sealed: Sealed) -> None:
+    """Raises OutputError, and sees to it that the next run looks at every shard."""
+    try:
+        sealed.check()
+    except OutputError:
+        (sealed.directory / REPORT).unlink(missing_ok=True)
+        raise
+
+
+def _made(
+    ready: Ready,
+    work: WorkDirectory,
+    output: Path,
+    parts: Sequence[str],
+    clock: Clock,
+    team: Team,
+    told: Callable[[Preflight], None],
+) -> tuple[list[Report], list[Sealed]]:
+    """A model for every budget, in the work directory; where this process leads, the reports and what was written."""
+    recipe, sized, checkpoint = ready.recipe, ready.sized, ready.checkpoint
+    if team.leads:
+        Run.of(recipe, sized.table, sized.budgets).save(work)
+        work.keep_parts(parts)
+        checkpoint.check_finite(sized.table.groups, clock)
+        # Of several processes each has its part to do, and how they get in each other's way is not measured.
+        times = stage_times(ready, clock, work.path) if team.size == 1 else {}
+        expected = checks.describe(sized, ready, times)
+        clock.times, clock.expected = times, expected
+        told(expected)
+    prepared = prepare(ready, work.path, clock, team)
+    heldout = heldout_pool(recipe.calibration, load_tokenizer(checkpoint.directory), prepared.pools[1])
+    reports, sealed, neighbour = list[Report](), list[Sealed](), None
+    for name, budget in zip(parts, sized.budgets, strict=True):
+        job = _Job(sized, prepared, heldout, budget, work.part(name), output / name, clock.at(name))
+        report, neighbour = job.done(neighbour)
+        if report is not None:
+            reports.append(report)
+            sealed.append(Sealed.of(job.part.checkpoint))
+        clock.taken.clear()  # what all budgets share is told of the first
+    return reports, sealed
 
 
 @dataclass(frozen=True)
@@ -218,11 +276,15 @@ class _Job:
             manifest=self.part.shards,
             progress=self.clock,
         )
+        sealed = Sealed.of(self.part.checkpoint)
         manifest = self._manifest(plan, written.total_bytes)
         sample = prepared.pools[1].ids[:RELOAD_SEQUENCES]
-        reloaded, scores = reload(
-            prepared.model, assignment, self.part.checkpoint, self.heldout, sample, self.clock
-        )
+        try:
+            reloaded, scores = reload(
+                prepared.model, assignment, self.part.checkpoint, self.heldout, sample, self.clock
+            )
+        finally:
+            sealed.check()  # what it stumbled over may be a file that is no longer what was written
         report = build_report(
             self.sized, self.budget, plan.model, manifest, prepared.store, prepared.calibrated.usage, chosen, written,
             reloaded, scores, self.clock, self.output,

@@ -29,6 +29,7 @@ from moe_rco.calib.streaming import give_back
 from moe_rco.calib.team import Team
 from moe_rco.ckpt.header import TensorInfo
 from moe_rco.ckpt.store import Store
+from moe_rco.ckpt.workdir import TRIAL
 from moe_rco.ckpt.writer import from_tensor, write_file
 from moe_rco.job import Ready
 from moe_rco.quant.packing import cost_table
@@ -79,9 +80,9 @@ class Costs:
     pair: int
 
 
-def measure_costs(ready: Ready) -> Costs:
-    """Try it on the model's first MoE layer. Raises ModelError, StoreError."""
-    with TemporaryDirectory(prefix="moe-rco-") as directory:
+def measure_costs(ready: Ready, place: Path | None = None) -> Costs:
+    """Try it on the model's first MoE layer; files it needs are made in `place`, and removed. Raises ModelError, StoreError."""
+    with TemporaryDirectory(prefix=TRIAL, dir=place, ignore_cleanup_errors=True) as directory:
         trial = _Trial(ready, Path(directory))
         found = trial.costs()
         trial.bank.let_go()

@@ -16,6 +16,7 @@ ROOMS = (
     "errors",
     "types",
     "units",
+    "explain",
     "marked_yaml",
     "budget",
     "recipe_overrides",
@@ -49,6 +50,7 @@ ROOMS = (
     "template",
     "heatmap",
     "console",
+    "stopping",
     "cli",
 )
 # Its solver takes costs and a loss: it must not come to know what a model, a recipe or a file is.

@@ -35,8 +35,8 @@ class Room:
                 self._map = mmap.mmap(opened.fileno(), size)
         except OSError as error:
             raise StoreError(
-                f"cannot keep {format_size(size)} of activations in {file.parent}: {error.strerror}; make room on that disk, "
-                "or lower calibration.sequences"
+                f"cannot keep {format_size(size)} of activations in {file.parent}: {error.strerror}; with fewer "
+                "calibration.sequences they are less"
             ) from error
         self.tensor = torch.frombuffer(self._map, dtype=dtype).view(shape)
 

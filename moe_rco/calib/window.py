@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
+_RUNNING: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """A thread in the middle of torch's work when Python ends would bring the process down, whatever its exit code was to be."""
+    for window in list(_RUNNING):
+        window.close()
 
 
 class Window(Generic[Key, Value]):
@@ -34,6 +44,7 @@ class Window(Generic[Key, Value]):
             self._wanted = set(self._ahead)
             if self._ahead and self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
+                _RUNNING.add(self)
                 self._thread.start()
             self._changed.notify_all()
 
@@ -43,6 +54,13 @@ class Window(Generic[Key, Value]):
         with self._changed:
             self._held.clear()
             self._bytes, self._loading = 0, None
+
+    def close(self) -> None:
+        """As `clear`, and wait until nothing is being loaded."""
+        self.clear()
+        thread = self._thread
+        if thread is not None:
+            thread.join()
 
     def get(self, key: Key) -> Value:
         """The value of a key. Raises what `load` raises."""
@@ -62,6 +80,14 @@ class Window(Generic[Key, Value]):
         return value
 
     def _run(self) -> None:
+        try:
+            self._load_ahead()
+        except Exception:  # noqa: BLE001 (as memory that ends: who asks next will meet it, and must not wait for this thread)
+            with self._changed:
+                self._thread = self._loading = None
+                self._changed.notify_all()
+
+    def _load_ahead(self) -> None:
         while True:
             with self._changed:
                 while (key := self._next()) is None:

@@ -23,9 +23,9 @@ CURVE, CURVE_PICTURE = "curve.json", "curve.svg"
 
 
 def check_destination(
-    destination: Path, *, overwrite: bool = False, needed_bytes: int = 0, keep: Path | None = None
+    destination: Path, *, overwrite: bool = False, needed_bytes: int | None = None, keep: Path | None = None
 ) -> None:
-    """Check, leaving nothing behind, that a directory of `needed_bytes` can be made at `destination`.
+    """Check, leaving nothing behind, that a directory can be made at `destination`, with room for `needed_bytes`.
 
     What an interrupted run has already written for it counts as room. `keep` is a directory (the source model) that
     must not be replaced. Raises OutputError.
@@ -37,6 +37,8 @@ def check_destination(
     if keep is not None and keep.resolve().is_relative_to(destination.resolve()):
         raise OutputError(f"output {destination} is or holds the model being read; name another one")
     check_place(destination)
+    if needed_bytes is None:
+        return
     free = shutil.disk_usage(existing_parent(destination)).free + WorkDirectory.of(destination).held_bytes()
     if needed_bytes + MARGIN_BYTES > free:
         raise OutputError(

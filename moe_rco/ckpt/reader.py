@@ -50,6 +50,7 @@ class Checkpoint:
             )
         self.tensors: Mapping[str, TensorInfo] = self._tensors()
         self._digest: str | None = None
+        self._companions: tuple[Path, ...] | None = None
 
     @cached_property
     def files(self) -> tuple[Path, ...]:
@@ -131,9 +132,16 @@ class Checkpoint:
         return self._digest
 
     def companions(self) -> tuple[Path, ...]:
-        """The files to copy with the weights, sorted by name: tokenizer, chat template, generation settings."""
-        found = {path for pattern in COMPANIONS for path in self.directory.glob(pattern) if path.is_file()}
-        return tuple(sorted(self._inside(path.name) for path in found))
+        """The files to copy with the weights, sorted by name: tokenizer, chat template, generation settings.
+
+        Looked for once: what is gone later is to be missed.
+        """
+        if self._companions is None:
+            found = {
+                path for pattern in COMPANIONS for path in self.directory.glob(pattern) if path.is_file()
+            }
+            self._companions = tuple(sorted(self._inside(path.name) for path in found))
+        return self._companions
 
     def _check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
         if name not in self.tensors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -39,6 +40,8 @@ class SavedState:
             os.replace(partial, self.path)
             sync_directory(self.path.parent)
         except OSError as error:
+            with contextlib.suppress(OSError):  # on a full disk it is in the way
+                partial.unlink(missing_ok=True)
             raise StoreError(f"cannot write {self.path}: {error}") from error
 
     def load(self) -> dict[str, Any] | None:

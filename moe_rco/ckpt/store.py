@@ -4,6 +4,7 @@ resume.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -92,7 +93,8 @@ class Store:
             os.replace(partial, self.directory / name)
             sync_directory(self.directory)
         except OSError as error:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
             raise StoreError(f"cannot write {self.directory / name}: {error}") from error
         self._checked.discard(name)
         self._index["files"][name] = digest
@@ -105,7 +107,8 @@ class Store:
             entries = [from_tensor(key, tensor) for key, tensor in tensors.items()]
             write_file(partial, entries, flush=False)
         except OSError as error:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
             raise StoreError(f"cannot write {partial}: {error}") from error
 
     def join(self, layer: int, option: Option) -> None:

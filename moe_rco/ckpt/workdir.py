@@ -20,6 +20,8 @@ from moe_rco.ckpt.writer import write_text
 from moe_rco.errors import LockError, OutputError
 
 SUFFIX = ".work"
+TRIAL = "moe-rco-"
+"""What directories begin with in which a run tries how fast it goes; nothing in them is kept."""
 _TRIES, _PAUSE = 5, 0.05
 """Who asks for a run's status holds its lock for a moment, which must not pass for a run."""
 
@@ -55,6 +57,29 @@ class Part:
     def shards(self) -> Path:
         """Which shards of `checkpoint` are complete (`ShardManifest`)."""
         return self.directory / "shards.json"
+
+
+@dataclass(frozen=True)
+class Lock:
+    """The lock of a work directory while it is held, by an open file."""
+
+    path: Path
+    descriptor: int
+
+    @property
+    def held(self) -> bool:
+        """Whether the file is still the one that others look at."""
+        try:
+            return os.path.samestat(os.fstat(self.descriptor), os.stat(self.path))
+        except FileNotFoundError:
+            return False
+
+    def check(self) -> None:
+        """Raises OutputError where the directory was removed: what is there now may be another run's."""
+        if not self.held:
+            raise OutputError(
+                f"the work directory {self.path.parent} was removed while the run worked in it; run the same command again"
+            )
 
 
 @dataclass(frozen=True)
@@ -128,23 +153,27 @@ class WorkDirectory:
         write_text(self._publishing, "")
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> Iterator[Lock]:
         """Make the directory, with missing parents, and be the only process to use it.
 
         What was made is removed again if nothing was put into it. Raises LockError where another process uses it, and
         OutputError where it cannot be made.
         """
         made = missing_parents(self.path.parent)
-        descriptor = self._acquire()
+        lock = Lock(self.lock, self._acquire())
         try:
+            self._sign(lock.descriptor)
             if self.published:
                 self.clear()
             self._publishing.unlink(missing_ok=True)
-            yield
+            for left in self.path.glob(f"{TRIAL}*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            yield lock
         finally:
             # Before the lock is let go, so that nobody else's files are taken for ours.
-            self._remove_if_unused()
-            os.close(descriptor)
+            if lock.held:
+                self._remove_if_unused()
+            os.close(lock.descriptor)
             for directory in made:
                 with contextlib.suppress(OSError):
                     directory.rmdir()
@@ -166,9 +195,11 @@ class WorkDirectory:
     def last_holder(self) -> Holder | None:
         """The process that used the directory last, as far as the lock file tells."""
         try:
-            return Holder(**json.loads(self.lock.read_text(encoding="utf-8")))
+            found = Holder(**json.loads(self.lock.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return None
+        sound = isinstance(found.pid, int) and isinstance(found.host, str) and isinstance(found.started, str)
+        return found if sound else None
 
     def held_bytes(self) -> int:
         """What the files here take."""
@@ -180,14 +211,15 @@ class WorkDirectory:
         return total
 
     def clear(self) -> None:
-        """Remove everything but the lock, last of all what tells that it is not needed."""
-        for path in sorted(self.path.iterdir(), key=lambda path: path == self._publishing):
-            if path == self.lock:
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+        """Remove everything but the lock, last of all what tells that it is not needed. What cannot be removed stays."""
+        with contextlib.suppress(OSError):
+            for path in sorted(self.path.iterdir(), key=lambda path: path == self._publishing):
+                if path == self.lock:
+                    continue
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
 
     def _acquire(self) -> int:
         """A descriptor that holds the lock until it is closed."""
@@ -200,20 +232,15 @@ class WorkDirectory:
                 if isinstance(error, FileNotFoundError | FileExistsError) and not self.path.is_file():
                     continue
                 raise OutputError(
-                    f"the work directory {self.path} cannot be made: {error.strerror}"
+                    f"the work directory {self.path} cannot be made or used: {error.strerror}"
                 ) from error
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # While we opened it, whoever held it may have removed the file: then it keeps nobody out.
-                if os.path.samestat(os.fstat(descriptor), os.stat(self.lock)):
-                    holder = Holder(os.getpid(), socket.gethostname(), _now())
-                    os.ftruncate(descriptor, 0)
-                    os.write(descriptor, (json.dumps(asdict(holder)) + "\n").encode())
+                if Lock(self.lock, descriptor).held:
                     return descriptor
             except BlockingIOError:
                 time.sleep(_PAUSE)
-            except FileNotFoundError:
-                pass
             except OSError as error:
                 os.close(descriptor)
                 raise OutputError(
@@ -224,6 +251,16 @@ class WorkDirectory:
             f"another run works in {self.path} ({self.last_holder() or 'which one is not known'}); wait until it has "
             "finished, stop it, or name another output"
         )
+
+    def _sign(self, descriptor: int) -> None:
+        """Say in the lock who holds it."""
+        holder = Holder(os.getpid(), socket.gethostname(), _now())
+        text = (json.dumps(asdict(holder)) + "\n").encode()
+        try:
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, text)
+        except OSError as error:
+            raise OutputError(f"cannot write {self.lock}: {error}") from error
 
     def _remove_if_unused(self) -> None:
         with contextlib.suppress(OSError):

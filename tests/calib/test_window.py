@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import threading
 import time
 
@@ -110,3 +112,55 @@ def test_what_was_let_go_is_held_no_more_and_comes_back_when_asked_for() -> None
     assert held(window) == 0
     assert window.get(2) == 20
     assert source.loaded[-1] == 2
+
+
+def test_memory_that_ends_in_the_thread_is_met_by_who_asks_and_nobody_waits_for_ever() -> None:
+    """Also where it is not the loading that fails."""
+    sizes = iter([MemoryError(), 1, 1, 1, 1])
+
+    def size(_: int) -> int:
+        found = next(sizes)
+        if isinstance(found, MemoryError):
+            raise found
+        return found
+
+    window: Window[int, int] = Window(Source(0.05).load, size, 3)
+    window.expect([1, 2])
+    time.sleep(0.01)
+    asked = threading.Thread(target=window.get, args=(1,), daemon=True)
+    asked.start()
+    asked.join(5)
+    assert not asked.is_alive()
+
+
+ENDS = """\
+import sys, time, torch
+from moe_rco.calib.window import Window
+def load(key):
+    for _ in range(200): torch.ones(1 << 16).sum()
+    return key
+window = Window(load, lambda _: 1, 1000)
+window.expect(range(100000))
+time.sleep(0.05)
+sys.exit(3)
+"""
+
+
+def test_the_process_ends_in_order_while_things_are_loaded() -> None:
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-c", ENDS], capture_output=True, text=True, check=False, timeout=60
+        )
+        assert (done.returncode, done.stderr) == (3, "")
+
+
+def test_close_waits_for_what_is_being_loaded() -> None:
+    source = Source(0.1)
+    window: Window[int, int] = Window(source.load, lambda _: 1, 100)
+    window.expect(range(100))
+    time.sleep(0.02)
+    window.close()
+    assert source.loaded == [0]
+    time.sleep(0.15)
+    assert source.loaded == [0]
+    assert window.get(5) == 50

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from moe_rco.ckpt import workdir
-from moe_rco.ckpt.workdir import WorkDirectory
+from moe_rco.ckpt.workdir import TRIAL, WorkDirectory
 from moe_rco.errors import LockError, OutputError
 
 
@@ -68,7 +69,7 @@ def test_what_a_run_has_done_stays(work: WorkDirectory) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from moe_rco.ckpt.workdir import WorkDirectory
+from moe_rco.ckpt.workdir import TRIAL, WorkDirectory
 work = WorkDirectory(Path(sys.argv[1]))
 with work.locked():
     work.store.mkdir()
@@ -219,3 +220,47 @@ def test_parts_of_other_budgets_are_not_kept(work: WorkDirectory) -> None:
     names = ("50pct", "25pct", "")
     assert len({work.part(name).search("s", "r").path for name in names}) == 3
     assert work.part().search("s", "r").path == work.path / "search.safetensors"
+
+
+def test_a_directory_removed_while_it_is_used_is_noticed(tmp_path: Path) -> None:
+    work = WorkDirectory(tmp_path / "out.work")
+    with work.locked() as lock:
+        lock.check()
+        shutil.rmtree(work.path)
+        with pytest.raises(OutputError, match="was removed while the run worked in it"):
+            lock.check()
+        with work.locked() as other:  # which another run may do now
+            with pytest.raises(OutputError, match="was removed"):
+                lock.check()
+            other.check()
+
+
+def test_the_lock_of_another_run_is_not_removed_in_the_end(tmp_path: Path) -> None:
+    work = WorkDirectory(tmp_path / "out.work")
+    first = work.locked()
+    first.__enter__()
+    shutil.rmtree(work.path)
+    with work.locked() as other:
+        first.__exit__(None, None, None)
+        other.check()
+    assert not work.path.exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[1, 2]", '{"pid": -7, "host": null, "started": 1e400}', '{"pid": "x"}', "\x00"]
+)
+def test_a_lock_that_says_nothing_sensible_tells_of_nobody(tmp_path: Path, text: str) -> None:
+    work = WorkDirectory(tmp_path / "out.work")
+    work.path.mkdir()
+    work.lock.write_text(text)
+    assert work.last_holder() is None
+    with work.locked():
+        assert work.last_holder() is not None
+
+
+def test_trials_of_a_killed_run_are_removed(tmp_path: Path) -> None:
+    work = WorkDirectory(tmp_path / "out.work")
+    (work.path / f"{TRIAL}x").mkdir(parents=True)
+    (work.path / "kept").touch()
+    with work.locked():
+        assert {path.name for path in work.path.iterdir()} == {"lock", "kept"}

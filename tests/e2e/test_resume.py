@@ -1,12 +1,8 @@
-"""The main job killed (SIGKILL) again and again: it goes on, and ends in the same bytes as if nothing had happened.
-
-Processes are forked from one that has torch loaded already: twenty starts would otherwise take most of the time.
-"""
+"""The main job killed (SIGKILL) again and again: it goes on, and ends in the same bytes as if nothing had happened."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -15,22 +11,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from moe_rco import progress
 from moe_rco.ckpt.shards import read_manifest
 from moe_rco.ckpt.store import listed
-from moe_rco.ckpt.workdir import WorkDirectory
+from moe_rco.ckpt.workdir import TRIAL, WorkDirectory
 from tests.killing import written
+from tests.running import KILLED, Start, Started, starting
 from tests.tiny_job import save_job
 
-SHARD_BYTES = 20_000
 Count = Callable[[WorkDirectory], int]
-KILLED = -9
 
 
 @pytest.fixture(scope="module")
@@ -39,62 +32,14 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_job(tmp_path_factory.mktemp("resume"), steps=24, refine=48)
 
 
-@dataclass(frozen=True)
-class Started:
-    """A `moe-rco prune` in `place`."""
-
-    process: Any
-    place: Path
-
-    @property
-    def log(self) -> str:
-        return (self.place.parent / f"{self.place.name}.log").read_text(encoding="utf-8")
-
-    def ends(self) -> int:
-        self.process.join(120)
-        return self.process.exitcode
-
-    def kill(self) -> int:
-        self.process.kill()
-        return self.ends()
+@pytest.fixture(scope="module")
+def start() -> Iterator[Start]:
+    with starting() as begin:
+        yield begin
 
 
 @pytest.fixture(scope="module")
-def start() -> Iterator[Callable[..., Started]]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["moe_rco.pipeline", "moe_rco.console", "moe_rco.cli", __name__])
-    started: list[Started] = []
-
-    def begin(place: Path, *arguments: str) -> Started:
-        place.mkdir(exist_ok=True)
-        process = context.Process(target=prune, args=(place, arguments))
-        process.start()
-        started.append(Started(process, place))
-        return started[-1]
-
-    yield begin
-    for run in started:
-        run.process.kill()
-
-
-def prune(place: Path, arguments: tuple[str, ...]) -> None:
-    """`moe-rco prune ARGUMENTS` with `place` as the current directory, and with small shards."""
-    from moe_rco import cli
-    from moe_rco.ckpt import rewrite
-
-    descriptor = os.open(place.parent / f"{place.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(descriptor, stream)
-    os.chdir(place)
-    sys.argv = ["moe-rco", "prune", *arguments]
-    defaults = rewrite.rewrite.__kwdefaults__
-    assert defaults is not None
-    defaults["shard_bytes"] = SHARD_BYTES
-    cli.main()
-
-
-@pytest.fixture(scope="module")
-def undisturbed(recipe: Path, start: Callable[..., Started]) -> Path:
+def undisturbed(recipe: Path, start: Start) -> Path:
     run = start(recipe.parent / "undisturbed", "--recipe", str(recipe))
     assert run.ends() == 0, run.log
     return run.place / "out"
@@ -159,9 +104,7 @@ def wait_for(run: Started, work: WorkDirectory, count: Count, least: int) -> Non
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # a minute and a half where nothing else runs
-def test_killed_twenty_times_it_ends_in_the_same_bytes(
-    recipe: Path, start: Callable[..., Started], undisturbed: Path
-) -> None:
+def test_killed_twenty_times_it_ends_in_the_same_bytes(recipe: Path, start: Start, undisturbed: Path) -> None:
     draw = random.Random(0)
     place = recipe.parent / "killed"
     work = WorkDirectory(place / "out.work")
@@ -178,7 +121,8 @@ def test_killed_twenty_times_it_ends_in_the_same_bytes(
         for stage in found.stages:
             assert done.get(stage.name, 0) <= stage.done <= max(stage.total, 0), (number, stage)
             done[stage.name] = stage.done
-        names |= {path.name.removesuffix(".tmp") for path in work.path.glob("*")}
+        kept = (path.name for path in work.path.glob("*") if not path.name.startswith(TRIAL))
+        names |= {name.removesuffix(".tmp") for name in kept}
     assert number == 19
     run = start(place, "--recipe", str(recipe))
     assert run.ends() == 0, run.log
@@ -195,7 +139,7 @@ def test_killed_twenty_times_it_ends_in_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_two_runs_in_one_place(recipe: Path, start: Callable[..., Started]) -> None:
+def test_two_runs_in_one_place(recipe: Path, start: Start) -> None:
     run = start(recipe.parent / "two", "--recipe", str(recipe))
     work = WorkDirectory(run.place / "out.work")
     wait_for(run, work, stored, 1)

@@ -1,0 +1,30 @@
+"""Too little memory: where it ends is random."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+from functools import partial
+
+from tests.runfaults import child
+from tests.runfaults.bench import Bench
+
+SETTINGS = r"execution\.memory_limit|execution\.mode|calibration\.sequence|search\.batch"
+ABORTED = (-signal.SIGABRT, -signal.SIGSEGV)
+NATIVE = r"LLVM ERROR: .*memory|memory allocation of \d+ bytes failed|bad_alloc"
+"""What compilers and libraries say before they end the process themselves."""
+
+
+def too_little(bench: Bench, draw: random.Random) -> None:
+    place = bench.place()
+    job = bench.job(*(bench.spilling() if draw.random() < 0.4 else ()))
+    extra = int(10 ** draw.uniform(5.5, 8))
+    run = bench.start(place, *job.arguments, before=partial(child.memory_ends, extra))
+    if run.ends() in ABORTED and re.search(NATIVE, run.log):
+        bench.notes["memory ended in native code, which aborts: gone on from as after a kill"] += 1
+    else:
+        bench.refused(run, "out of memory", SETTINGS, "run the same command again")
+    assert set(os.listdir(place)) <= {"out.work"}
+    bench.completes(place, job)
