@@ -227,7 +227,7 @@ MUTATIONS = (
     ),
     _m(
         "serve/vllm_method.py", '_MATRICES = {"w1": 0, "w3": 1, "w2": 2}', '_MATRICES = {"w1": 1, "w3": 0, "w2": 2}',
-        "vLLM swaps gate and up", "serve/test_vllm_plugin.py", "serve/test_vllm_cpu.py",
+        "vLLM swaps gate and up", "serve/test_vllm_plugin.py",
     ),
     _m(
         "serve/vllm_method.py", "if (expert, matrix, suffix) not in self._loaded:", "if False:",

@@ -67,7 +67,9 @@ class OutputError(UserError):
 class FileError(UserError):
     """The system does not let a file be read or written, or it is gone."""
 
-    remedy = "Mend what the message names, as permissions or a full disk: the same command goes on where it was."
+    remedy = (
+        "Mend what the message names, as permissions or a full disk: the same command goes on where it was."
+    )
 
 
 class MemoryShortageError(UserError):

@@ -12,13 +12,21 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from eval.faults_table import Row
 from tests.faults import checkpoints, outputs, recipes, stores, texts
-from tests.faults.judge import Case, Row, judged
+from tests.faults.judge import Case, judged
 from tests.killing import written
 from tests.tiny_job import save_job
 
 KINDS = {"recipe": 0.42, "checkpoint": 0.25, "output": 0.16, "text": 0.12, "store": 0.05}
 """Which share of the cases is of which kind."""
+TITLES = {
+    "recipe": "recipes and settings: fuzzed YAML, bombs, wrong types and values",
+    "checkpoint": "checkpoints: cut, contradictory, lying, leading out of their directory, not finite",
+    "output": "outputs changed by hand or by a bit: plan, report, manifest, config, weights",
+    "text": "calibration text: empty, binary, broken, huge, of the wrong form",
+    "store": "what an interrupted run has kept: flipped bits, lost and foreign files",
+}
 
 
 class Corpus:
@@ -51,8 +59,8 @@ class Corpus:
 
     def row(self, kind: str, count: int, seed: int) -> Row:
         found = dict(self.tried(kind, count, seed))
-        failed = (f"--kinds {kind} --seed {seed} --only {n}: {wrong}" for n, wrong in found.items() if wrong)
-        return Row(kind, len(found), tuple(failed))
+        failed = [f"--kinds {kind} --seed {seed} --only {n}: {wrong}" for n, wrong in found.items() if wrong]
+        return Row(TITLES[kind], len(found), failed)
 
     def _command(self, directory: Path) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "moe_rco.cli", "prune", "--recipe", "recipe.yaml"]

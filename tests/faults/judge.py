@@ -40,15 +40,6 @@ class Case:
     check: Callable[[Path], str] = lambda place: ""
 
 
-@dataclass(frozen=True)
-class Row:
-    """How many cases of a kind were tried, and those that were not handled, each with what happened."""
-
-    kind: str
-    tried: int
-    failed: tuple[str, ...] = ()
-
-
 def judged(case: Case, seed: int, place: Path) -> str:
     """Run a case in a directory of its own, removed afterwards; what is wrong with how it was handled, or nothing."""
     shutil.rmtree(place, ignore_errors=True)
