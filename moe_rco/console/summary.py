@@ -55,7 +55,6 @@ def show_summary(report: Report, console: Console | None = None) -> None:
         f"(read by {report.reload.by}, largest logit difference {report.reload.max_logit_difference:.1e}, "
         f"tolerance {report.reload.tolerance:.0e})",
         style=None if report.reload.passed else "bold red",
-        soft_wrap=True,
     )
     for warning in report.warnings:
         console.print(f"note: {warning}", style="yellow", soft_wrap=True)
