@@ -92,6 +92,10 @@ def _execution(value: object) -> object:
     return {"mode": value} if isinstance(value, str) else _or_defaults(value)
 
 
+MOST = 10**9
+"""No count in a recipe is larger."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -113,8 +117,8 @@ class Calibration(_Section):
     """The text the choice is made on. `holdout` is the fraction of sequences never used for gradients."""
 
     data: Annotated[tuple[DataSource, ...], BeforeValidator(_sources), Field(min_length=1)]
-    sequences: int = Field(default=512, ge=2)
-    sequence_length: int = Field(default=2048, ge=8)
+    sequences: int = Field(default=512, ge=2, le=MOST)
+    sequence_length: int = Field(default=2048, ge=8, le=MOST)
     holdout: float = Field(default=0.1, gt=0, lt=1)
     text_field: str = Field(default="text", min_length=1)
 
@@ -152,14 +156,14 @@ class Search(_Section):
     """
 
     method: SearchMethod = "rco"
-    steps: int = Field(default=300, ge=0)
-    refine: int = Field(default=300, ge=0)
-    samples: int = Field(default=4, ge=2, multiple_of=2)
-    batch: int = Field(default=4, ge=1)
+    steps: int = Field(default=300, ge=0, le=MOST)
+    refine: int = Field(default=300, ge=0, le=MOST)
+    samples: int = Field(default=4, ge=2, le=MOST, multiple_of=2)
+    batch: int = Field(default=4, ge=1, le=MOST)
     learning_rate: float = Field(default=0.1, gt=0)
     tau_start: float = Field(default=1.0, gt=0)
     tau_end: float = Field(default=0.05, gt=0)
-    evaluate_every: int = Field(default=10, ge=1)
+    evaluate_every: int = Field(default=10, ge=1, le=MOST)
     penalty: float = Field(default=10.0, gt=0)
     seed: int = Field(default=0, ge=0, lt=2**63)
 
@@ -285,6 +289,10 @@ def load(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not path.is_file():
         path = _find_shipped(str(path_or_name))
     try:
+        if (
+            path.stat().st_size > 4 * marked_yaml.MAX_CHARACTERS
+        ):  # before it is read: a character has up to four bytes
+            raise RecipeError(f"{path}: {path.stat().st_size:,} bytes long; this is not a recipe")
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 text; is this a recipe?") from error

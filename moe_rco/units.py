@@ -10,6 +10,7 @@ _UNITS = {"": 1, "B": 1} | {
     for suffix, base in (("B", 1000), ("iB", 1024))
     for power, prefix in enumerate("KMGT", start=1)
 }
+_MOST = 2**62
 _QUARTERS = ("", ".25", ".5", ".75")
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)")
 
@@ -28,6 +29,8 @@ def parse_size(value: object) -> int:
         if match is None or match[2] not in _UNITS:
             raise ValueError(f"'{value}' is not a size; write bytes, or a unit as in 12MiB, 1.5GiB or 20GB")
         size = int(Fraction(match[1]) * _UNITS[match[2]])
+    if size > _MOST:
+        raise ValueError(f"a size of {len(str(size))} digits is larger than any disk")
     if size <= 0:
         raise ValueError(f"a size must be greater than zero, not {value}")
     return size

@@ -331,3 +331,28 @@ def test_both_sides_of_the_holdout_keep_a_sequence(sequences: int, holdout: floa
 def test_model_directory(tmp_path: Path) -> None:
     assert parse(MINIMAL, overrides=[f"model={tmp_path}"]).model_directory == tmp_path
     assert parse(MINIMAL, overrides=["model=Qwen/Qwen3-30B-A3B"]).model_directory is None
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "budget.bytes",
+        "budget.ratio",
+        "search.steps",
+        "search.seed",
+        "search.learning_rate",
+        "execution.memory_limit",
+        "calibration.sequences",
+    ],
+)
+def test_numbers_beyond_all_bounds_are_refused(key: str) -> None:
+    with pytest.raises(RecipeError, match=key.rpartition(".")[2]):
+        recipe.load("demo", [f"{key}={'9' * 400}"])
+
+
+def test_a_file_that_is_far_too_long_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "long.yaml"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)  # takes no room on the disk
+    with pytest.raises(RecipeError, match="is not a recipe"):
+        recipe.load(path)

@@ -87,7 +87,7 @@ def _read_text(path: Path) -> str:
 
 
 def _jsonl(path: Path, text_field: str) -> Iterator[Document]:
-    for number, line in enumerate(_read_text(path).splitlines(), 1):
+    for number, line in enumerate(_read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -186,7 +186,7 @@ def _is_ours_of_several(directory: Path) -> bool:
 def _quant_method(config: Path) -> object:
     try:
         entry = json.loads(config.read_text(encoding="utf-8")).get("quantization_config")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, RecursionError, AttributeError):
         return None
     return entry.get("quant_method") if isinstance(entry, dict) else None
 

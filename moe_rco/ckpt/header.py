@@ -18,6 +18,8 @@ import torch
 
 # The reference implementation refuses longer headers, and so keeps a damaged length from filling the memory.
 MAX_HEADER_BYTES = 100_000_000
+_DIMENSIONS = 16
+"""No tensor of a model has more; the product of very many would take hours."""
 
 ITEM_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
@@ -142,7 +144,7 @@ def _tensor(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
         raise damaged
-    if not all(map(_is_size, [*shape, *offsets])) or offsets[1] < offsets[0]:
+    if len(shape) > _DIMENSIONS or not all(map(_is_size, [*shape, *offsets])) or offsets[1] < offsets[0]:
         raise damaged
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise HeaderError(f"tensor {name} has the unknown dtype {dtype}")

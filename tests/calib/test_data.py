@@ -159,3 +159,13 @@ def test_overlap_is_the_share_of_spans_that_stand_in_both() -> None:
     shifted[:, :16] = 5000
     assert overlap(pool, TokenPool(shifted, ("x",) * 2)) == 2 * (48 - SPAN + 1) / (8 * (64 - SPAN + 1))
     assert overlap(TokenPool(ids[:, : SPAN - 1], ("x",) * 8), pool) == 0  # too short to tell
+
+
+def test_lines_end_where_json_says(tmp_path: Path) -> None:
+    """Unicode has line ends of its own, which may stand in a JSON string as they are."""
+    texts = ["one\u2028line", "and\u0085another", "plain"]
+    path = tmp_path / "x.jsonl"
+    path.write_text(
+        "\r\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts), encoding="utf-8"
+    )
+    assert [document.text for document in read_documents(DataSource(data=str(path)), "text")] == texts

@@ -93,3 +93,12 @@ def test_damaged_files_are_refused(tmp_path: Path, content: bytes, words: str) -
     path.write_bytes(content)
     with pytest.raises(HeaderError, match=words):
         read_header(path)
+
+
+def test_a_shape_of_very_many_dimensions_is_not_multiplied(tmp_path: Path) -> None:
+    """It would take hours: a header of 100 MB has room for fifty million."""
+    entry = {"dtype": "U8", "shape": [2**62] * 1_000_000, "data_offsets": [0, 0]}
+    raw = json.dumps({"x": entry}).encode()
+    (tmp_path / "x").write_bytes(len(raw).to_bytes(8, "little") + raw)
+    with pytest.raises(HeaderError, match=r"entry of tensor x\)$"):
+        read_header(tmp_path / "x")
