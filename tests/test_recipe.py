@@ -347,7 +347,7 @@ def test_model_directory(tmp_path: Path) -> None:
 )
 def test_numbers_beyond_all_bounds_are_refused(key: str) -> None:
     with pytest.raises(RecipeError, match=key.rpartition(".")[2]):
-        recipe.load("demo", [f"{key}={'9' * 400}"])
+        load("demo", [f"{key}={'9' * 400}"])
 
 
 def test_a_file_that_is_far_too_long_is_not_read(tmp_path: Path) -> None:
@@ -355,4 +355,4 @@ def test_a_file_that_is_far_too_long_is_not_read(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(1 << 40)  # takes no room on the disk
     with pytest.raises(RecipeError, match="is not a recipe"):
-        recipe.load(path)
+        load(path)
