@@ -139,15 +139,23 @@ def _differs(name: str, found: dict[str, Any], expected: dict[str, Any]) -> bool
     ours, theirs = found.get(name), expected.get(name)
     if name.endswith("recipe.yaml") and ours and theirs:  # it says where the model was
         ours, theirs = ([line for line in lines if "/model" not in line] for lines in (ours, theirs))
-    if name.endswith(("report.json", "plan.json", "curve.json", "curve.svg")) and ours and theirs:
+    if (
+        name.endswith(("report.json", "plan.json", "manifest.json", "curve.json", "curve.svg"))
+        and ours
+        and theirs
+    ):
         return _placeless(ours) != _placeless(theirs)
     return ours != theirs
+
+
+_PLACED = ("model", "recipe_digest", "recipe", "manifest", "plan.json")
+"""What tells of the recipe, which names the model, and digests of what does."""
 
 
 def _placeless(value: Any) -> Any:
     """Without digests of the recipe and names of the model, which has been copied."""
     if isinstance(value, dict):
-        return {key: part for key, part in value.items() if key not in ("model", "recipe_digest", "recipe")}
+        return {key: part for key, part in value.items() if key not in _PLACED}
     if isinstance(value, bytes):
         return re.sub(rb"\S*/model\b|\b[0-9a-f]{64}\b", b"", value)
     return value
