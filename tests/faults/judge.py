@@ -111,6 +111,7 @@ def _command(arguments: list[str], place: Path, log: Path) -> int:
     sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False)
     os.chdir(place)
+    sys.excepthook = cli._report_fault  # as the installed command has it: no traceback unless asked for
     limit = psutil.Process().memory_info().vms + ROOM
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:
