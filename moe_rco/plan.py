@@ -170,6 +170,8 @@ class Plan(BaseModel):
         """Read a plan from a file, or from `plan.json` in a directory. Raises PlanError."""
         path = Path(path)
         path = path / FILE_NAME if path.is_dir() else path
+        if path.exists() and not path.is_file():  # a pipe or a device would be read for ever
+            raise PlanError(f"{path} is no file; copy the model again")
         try:
             return cls.model_validate_json(path.read_bytes())
         except OSError as error:

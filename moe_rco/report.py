@@ -289,6 +289,8 @@ class Report(_Part):
     def load(cls, directory: Path) -> Self:
         """Read and check the report in a directory. Raises PlanError."""
         path = directory / FILE_NAME
+        if path.exists() and not path.is_file():  # a pipe or a device would be read for ever
+            raise PlanError(f"{path} is no file; copy the model again")
         try:
             report = cls.model_validate_json(path.read_text(encoding="utf-8"))
         except OSError as error:

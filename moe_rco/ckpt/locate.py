@@ -27,9 +27,11 @@ def read_config(recipe: Recipe) -> dict[str, Any]:
     """config.json of the recipe's model; of a Hub model only this file is downloaded. Raises ModelError."""
     directory = recipe.model_directory
     path = directory / CONFIG if directory else Path(_from_hub(recipe, config_only=True))
+    if path.exists() and not path.is_file():  # a pipe or a device would be read for ever
+        raise ModelError(f"{path} is no file; download or copy it again")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not a readable config.json ({error})") from error
     if not isinstance(config, dict):
         raise ModelError(f"{path}: not a JSON object")

@@ -64,6 +64,8 @@ class Manifest(_Part):
     def load(cls, directory: Path) -> Self:
         """Read the manifest of a directory. Raises PlanError."""
         path = directory / FILE_NAME
+        if path.exists() and not path.is_file():  # a pipe or a device would be read for ever
+            raise PlanError(f"{path} is no file; copy the model again")
         try:
             return cls.model_validate_json(path.read_bytes())
         except OSError as error:
