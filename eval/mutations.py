@@ -94,7 +94,9 @@ def first_failure(place: Path, tests: Sequence[str]) -> str:
     if done.returncode == 0:
         return ""
     failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
-    return failed[1] if failed else f"pytest ended with {done.returncode}"
+    if done.returncode != 1 or failed is None:
+        raise RuntimeError(f"pytest ended with {done.returncode}: {done.stdout[-500:]}")
+    return failed[1]
 
 
 def tried(number: int, mutation: Mutation, place: Path) -> Outcome:
@@ -130,6 +132,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", type=int, metavar="N", help="numbers of the list, from 1")
     parser.add_argument("--output", type=Path, default=Path("eval/results/mutations.md"))
     arguments = parser.parse_args()
+    if arguments.only and arguments.output == parser.get_default("output"):
+        parser.error("--only needs --output: the table is of all faults")
     chosen = [
         (number, mutation)
         for number, mutation in enumerate(MUTATIONS, 1)
