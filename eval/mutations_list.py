@@ -193,7 +193,7 @@ MUTATIONS = (
         "every router row is the first", "ckpt/test_stock.py",
     ),
     _m(
-        "ckpt/manifest.py", "digest.update(chunk)\n                advance", "advance",
+        "ckpt/manifest.py", "digest.update(chunk)\n            advance", "advance",
         "a flipped bit is not found", "test_integrity.py",
     ),
     _m(

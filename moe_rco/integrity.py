@@ -15,8 +15,9 @@ from moe_rco.adapters import get_adapter
 from moe_rco.calib.streaming import Streaming
 from moe_rco.ckpt.destination import CURVE
 from moe_rco.ckpt.header import HeaderError, TensorInfo
-from moe_rco.ckpt.manifest import FILE_NAME, RECIPE, SUFFIX, Manifest, TensorDigest, digests_of
+from moe_rco.ckpt.manifest import FILE_NAME, SUFFIX, Manifest, TensorDigest, digests_of
 from moe_rco.ckpt.reader import Checkpoint
+from moe_rco.ckpt.rewrite import RECIPE
 from moe_rco.ckpt.writer import from_file, sha256_of
 from moe_rco.curve import Curve
 from moe_rco.errors import UserError

@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, field_validator
 
 from moe_rco.errors import PlanError, RecipeError
+from moe_rco.files import check_regular, first_complaint
 from moe_rco.types import Assignment, Budget, CostTable, Layout, Option
 
 FILE_NAME = "plan.json"
@@ -170,16 +171,13 @@ class Plan(BaseModel):
         """Read a plan from a file, or from `plan.json` in a directory. Raises PlanError."""
         path = Path(path)
         path = path / FILE_NAME if path.is_dir() else path
-        if path.exists() and not path.is_file():  # a pipe or a device would be read for ever
-            raise PlanError(f"{path} is no file; copy the model again")
+        check_regular(path, PlanError)
         try:
             return cls.model_validate_json(path.read_bytes())
         except OSError as error:
             raise PlanError(f"cannot read the plan {path} ({error.strerror})") from error
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise PlanError(f"{path} is not a plan: {where + ': ' if where else ''}{first['msg']}") from error
+            raise PlanError(f"{path} is not a plan: {first_complaint(error)}") from error
 
 
 def by_expert(layers: Mapping[int, Mapping[str, tuple[int, ...]]]) -> dict[tuple[int, int], Option]:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moe_rco.calib.measure import Score
 from moe_rco.errors import PlanError
+from moe_rco.files import check_regular
 from moe_rco.types import Layout
 
 FILE_NAME = "report.json"
@@ -289,8 +290,7 @@ class Report(_Part):
     def load(cls, directory: Path) -> Self:
         """Read and check the report in a directory. Raises PlanError."""
         path = directory / FILE_NAME
-        if path.exists() and not path.is_file():  # a pipe or a device would be read for ever
-            raise PlanError(f"{path} is no file; copy the model again")
+        check_regular(path, PlanError)
         try:
             report = cls.model_validate_json(path.read_text(encoding="utf-8"))
         except OSError as error:

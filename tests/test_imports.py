@@ -16,6 +16,7 @@ ROOMS = (
     "errors",
     "types",
     "units",
+    "files",
     "explain",
     "marked_yaml",
     "budget",

@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
 
 from moe_rco.ckpt.reader import COMPANIONS, CONFIG, INDEX
 from moe_rco.errors import ModelError
+from moe_rco.files import check_regular
 from moe_rco.recipe import Recipe
 
 TIMEOUT = 10
@@ -27,8 +28,7 @@ def read_config(recipe: Recipe) -> dict[str, Any]:
     """config.json of the recipe's model; of a Hub model only this file is downloaded. Raises ModelError."""
     directory = recipe.model_directory
     path = directory / CONFIG if directory else Path(_from_hub(recipe, config_only=True))
-    if path.exists() and not path.is_file():  # a pipe or a device would be read for ever
-        raise ModelError(f"{path} is no file; download or copy it again")
+    check_regular(path, ModelError)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

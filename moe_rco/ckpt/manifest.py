@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
-from moe_rco.ckpt.header import HeaderError, TensorInfo, read_header
-from moe_rco.ckpt.writer import CHUNK_BYTES, replace_text, sha256_of
+from moe_rco.ckpt.header import HeaderError, read_header
+from moe_rco.ckpt.rewrite import RECIPE
+from moe_rco.ckpt.writer import from_file, replace_text, sha256_of
 from moe_rco.errors import OutputError, PlanError
+from moe_rco.files import check_regular, first_complaint
 from moe_rco.plan import FILE_NAME as PLAN
 from moe_rco.plan import Plan
 
 FILE_NAME = "manifest.json"
 SUFFIX = ".safetensors"
-RECIPE = "recipe.yaml"
 NOT_LISTED = (FILE_NAME, RECIPE, "report.json")
 """The recipe has a digest of its own, which where it is written to does not change; the report is added to."""
 
@@ -64,8 +65,7 @@ class Manifest(_Part):
     def load(cls, directory: Path) -> Self:
         """Read the manifest of a directory. Raises PlanError."""
         path = directory / FILE_NAME
-        if path.exists() and not path.is_file():  # a pipe or a device would be read for ever
-            raise PlanError(f"{path} is no file; copy the model again")
+        check_regular(path, PlanError)
         try:
             return cls.model_validate_json(path.read_bytes())
         except OSError as error:
@@ -73,9 +73,7 @@ class Manifest(_Part):
                 f"{path} cannot be read ({error.strerror}); only what moe-rco prune wrote can be verified"
             ) from error
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise PlanError(f"{path} is damaged: {where + ': ' if where else ''}{first['msg']}") from error
+            raise PlanError(f"{path} is damaged: {first_complaint(error)}") from error
 
     @property
     def weight_bytes(self) -> int:
@@ -120,26 +118,14 @@ def digests_of(path: Path, advance: Callable[[int], None]) -> tuple[FileDigest, 
     whole, found = hashlib.sha256(), dict[str, TensorDigest]()
     with path.open("rb") as file:
         whole.update(file.read(tensors[0].offset if tensors else -1))
-        for tensor in tensors:
-            digest = hashlib.sha256()
-            for chunk in _chunks(file.read, tensor):
-                whole.update(chunk)
-                digest.update(chunk)
-                advance(len(chunk))
-            found[tensor.name] = TensorDigest(
-                dtype=tensor.dtype, shape=tensor.shape, sha256=digest.hexdigest()
-            )
+    for tensor in tensors:
+        digest = hashlib.sha256()
+        for chunk in from_file(tensor).chunks():
+            whole.update(chunk)
+            digest.update(chunk)
+            advance(len(chunk))
+        found[tensor.name] = TensorDigest(dtype=tensor.dtype, shape=tensor.shape, sha256=digest.hexdigest())
     return FileDigest(bytes=path.stat().st_size, sha256=whole.hexdigest()), found
-
-
-def _chunks(read: Callable[[int], bytes], tensor: TensorInfo) -> Iterator[bytes]:
-    left = tensor.nbytes
-    while left:
-        chunk = read(min(left, CHUNK_BYTES))
-        if not chunk:
-            raise OSError(f"{tensor.file} became shorter while tensor {tensor.name} was read")
-        left -= len(chunk)
-        yield chunk
 
 
 def check_quickly(directory: Path, quantization_config: Mapping[str, object] | None = None) -> None:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from moe_rco.adapters.base import Adapter, Config
 from moe_rco.ckpt.header import DTYPE_NAMES, TensorInfo
 from moe_rco.errors import ModelError, PlanError, RecipeError
+from moe_rco.files import first_complaint
 from moe_rco.plan import FORMAT_VERSION, METHOD, Layers, by_expert
 from moe_rco.quant.packing import cost_table, layout
 from moe_rco.types import Option
@@ -44,9 +45,7 @@ def layer_options(quantization_config: Mapping[str, Any], adapter: Adapter, conf
     try:
         options = by_expert(_Schema.model_validate(dict(quantization_config)).layers)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ModelError(f"quantization_config is damaged: {where}: {first['msg']}") from error
+        raise ModelError(f"quantization_config is damaged: {first_complaint(error)}") from error
     except PlanError as error:
         raise ModelError(f"quantization_config is damaged: {error}") from error
     experts = range(adapter.num_experts(config))
