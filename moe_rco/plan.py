@@ -8,10 +8,18 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from moe_rco.errors import PlanError, RecipeError
 from moe_rco.files import check_regular, first_complaint
@@ -56,6 +64,14 @@ class Plan(BaseModel):
             layer: {name: tuple(sorted(ids)) for name, ids in sorted(by_option.items())}
             for layer, by_option in sorted(layers.items())
         }
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Self:
+        if self.cost > self.budget:
+            raise ValueError(f"it needs {self.cost:,} bytes, its budget is {self.budget:,}")
+        if self.slack != self.budget - self.cost:
+            raise ValueError(f"it says its slack is {self.slack:,} bytes, it is {self.budget - self.cost:,}")
+        return self
 
     @classmethod
     def from_assignment(
@@ -130,10 +146,6 @@ class Plan(BaseModel):
         if assignment.cost != self.cost:
             raise PlanError(
                 f"the plan says it costs {self.cost} bytes, its options cost {assignment.cost} bytes"
-            )
-        if self.slack != self.budget - self.cost:
-            raise PlanError(
-                f"the plan says its slack is {self.slack} bytes, it is {self.budget - self.cost} bytes"
             )
         assignment.check(Budget(self.budget, f"{self.budget} bytes"))
         return assignment

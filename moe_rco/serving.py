@@ -60,9 +60,9 @@ def plan_serving(directory: str | Path, options: Sequence[str] = ()) -> ServePla
         raise UserError(
             "vLLM is not installed here: pip install 'moe_rco[serve]' (on a machine without a GPU, see the README)"
         )
-    check_quickly(Path(directory))
-    found = inspect(directory)  # compares every expert tensor with the plan
     checkpoint = Checkpoint(directory, allow_quantized=True)
+    check_quickly(checkpoint.directory, checkpoint.config.get("quantization_config"))
+    found = inspect(directory)  # compares every expert tensor with the plan
     asked = _asked(options)
     on_gpu = torch.cuda.is_available()
     if on_gpu:

@@ -22,11 +22,10 @@ from moe_rco import recipe as recipes
 from moe_rco.ckpt.header import read_header
 from moe_rco.ckpt.manifest import check_quickly, digests_of
 from moe_rco.ckpt.reader import Checkpoint
-from moe_rco.ckpt.writer import sha256_of
 from moe_rco.errors import PlanError
 from moe_rco.integrity import Verification, verify
 from moe_rco.pipeline import prune, prune_all
-from moe_rco.report import Report
+from tests.forging import change_json, change_report, sign
 from tests.tiny_job import save_job
 
 STOCK = ["layout=stock", "options=[prune,int4-g64]"]
@@ -103,26 +102,6 @@ def test_a_flipped_bit_in_any_other_file_is_found(output: Path) -> None:
     assert of(output) == {}
 
 
-def change_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    value = json.loads(path.read_text())
-    change(value)
-    path.write_text(json.dumps(value))
-
-
-def change_report(output: Path, **changes: object) -> None:
-    report = Report.load(output)
-    report.model_copy(update=changes).save(output)
-
-
-def sign(output: Path, name: str) -> None:
-    """Put the digest of a changed file into the manifest, and the manifest's into the report: a careful forger."""
-    path = output / name
-    entry = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    change_json(output / "manifest.json", lambda manifest: manifest["files"].update({name: entry}))
-    digest = sha256_of(output / "manifest.json")
-    change_report(output, manifest=digest)
-
-
 def test_a_missing_file_and_one_too_many(output: Path) -> None:
     (output / "tokenizer.json").unlink()
     shutil.copy(weights(output), output / "model-00009-of-00009.safetensors")
@@ -181,12 +160,37 @@ def test_reports_and_recipes_of_other_runs(output: Path) -> None:
     ]
 
 
-def test_a_budget_that_was_raised_by_hand(output: Path) -> None:
-    def raised(plan: dict[str, Any]) -> None:
+def test_a_budget_that_was_lowered_by_hand(output: Path) -> None:
+    def lowered(plan: dict[str, Any]) -> None:
         plan["budget"] -= plan["slack"] + 1
 
-    change_json(output / "plan.json", raised)
+    change_json(output / "plan.json", lowered)
+    assert "its budget is" in of(output)["plan"][0]
+
+
+def test_a_plan_that_promises_fewer_bytes_than_there_are(output: Path) -> None:
+    def cheaper(plan: dict[str, Any]) -> None:
+        plan["cost"] -= 1
+        plan["slack"] += 1
+
+    change_json(output / "plan.json", cheaper)
     assert "experts take" in of(output)["plan"][0]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda plan: plan.update(budget=plan["cost"] - 1, slack=-1), "its budget is"),
+        (lambda plan: plan.update(model="0" * 64), "are of different models or recipes"),
+    ],
+)
+def test_forged_plans_are_not_served(
+    output: Path, change: Callable[[dict[str, Any]], object], words: str
+) -> None:
+    change_json(output / "plan.json", change)
+    sign(output, "plan.json")
+    with pytest.raises(PlanError, match=words):
+        check_quickly(output)
 
 
 def test_weights_that_compute_something_else(output: Path) -> None:

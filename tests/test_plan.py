@@ -114,7 +114,6 @@ def change_layer(layer: int, by_option: dict[str, tuple[int, ...]] | None) -> di
     [
         ({"budget": 479, "slack": -1}, "needs 480 bytes, the budget is 479"),
         ({"cost": 470, "slack": 130}, "says it costs 470 bytes, its options cost 480"),
-        ({"slack": 1}, "slack is 1 bytes, it is 120"),
         ({"costs": "0"}, "made from other costs"),
         ({"options": ("prune", "bf16")}, "options are prune, bf16, the cost table's"),
         (change_layer(0, None), "expert 0 of layer 0 no option"),
@@ -161,6 +160,20 @@ def test_a_file_that_is_no_plan(tmp_path: Path, change: dict[str, Any]) -> None:
     value = {**json.loads(make_plan().to_json()), **change}
     (tmp_path / "plan.json").write_text(json.dumps(value))
     with pytest.raises(PlanError, match=f"is not a plan: {next(iter(change))}"):
+        Plan.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"slack": 1}, "it says its slack is 1 bytes, it is 120"),
+        ({"budget": 479, "slack": -1}, "it needs 480 bytes, its budget is 479"),
+        ({"cost": 470}, "it says its slack is 120 bytes, it is 130"),
+    ],
+)
+def test_a_file_whose_bytes_do_not_add_up(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    (tmp_path / "plan.json").write_text(json.dumps({**json.loads(make_plan().to_json()), **change}))
+    with pytest.raises(PlanError, match=f"is not a plan: .*{words}"):
         Plan.load(tmp_path)
 
 

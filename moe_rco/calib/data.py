@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
 from transformers import AutoTokenizer
 
+from moe_rco.calib.refusals import reason
 from moe_rco.errors import DataError, ModelError
 from moe_rco.recipe import DEMO, DEMO_CALIBRATION, DEMO_HELDOUT, Calibration, DataSource
 
+PIECE = 1 << 18
+"""Characters that are made into tokens at a time: tokenizers take hundreds of bytes for each."""
 SPAN = 32
 """Tokens that different texts hardly ever have in common in a row."""
 
@@ -66,20 +70,24 @@ def read_documents(source: DataSource, text_field: str) -> Iterator[Document]:
         if path.suffix in (".jsonl", ".json"):
             yield from _jsonl(path, text_field)
         elif path.suffix == ".txt":
-            yield Document(_read_text(path), path.stem)
+            with _opened(path) as file:
+                yield Document(file.read(), path.stem)
         elif path.suffix == ".parquet":
-            yield from _rows(_load("parquet", data_files=str(path)), text_field, path.stem, str(path))
+            yield from _rows(_parquet(path), text_field, path.stem, str(path))
         else:
             raise DataError(f"calibration data {path}: unknown kind of file; use .jsonl, .parquet or .txt")
         return
     if path.suffix in (".jsonl", ".json", ".parquet", ".txt"):
         raise DataError(f"calibration data {path}: no such file")
-    yield from _rows(_load(source.data, streaming=True), text_field, source.data, source.data)
+    yield from _rows(_hub(source.data), text_field, source.data, source.data)
 
 
-def _read_text(path: Path) -> str:
+@contextmanager
+def _opened(path: Path) -> Iterator[TextIO]:
+    """A file of UTF-8 text, whose lines end with \\n alone. Raises DataError."""
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8", newline="\n") as file:
+            yield file
     except UnicodeDecodeError as error:
         raise DataError(f"calibration data {path} is not UTF-8 text") from error
     except OSError as error:
@@ -87,14 +95,15 @@ def _read_text(path: Path) -> str:
 
 
 def _jsonl(path: Path, text_field: str) -> Iterator[Document]:
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"calibration data {path}, line {number}: not JSON ({error})") from error
-        yield _document(row, text_field, path.stem, f"{path}, line {number}")
+    with _opened(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"calibration data {path}, line {number}: not JSON ({error})") from error
+            yield _document(row, text_field, path.stem, f"{path}, line {number}")
 
 
 def _rows(rows: Iterable[Any], text_field: str, name: str, where: str) -> Iterator[Document]:
@@ -116,17 +125,28 @@ def _document(row: Any, text_field: str, name: str, where: str) -> Document:
     return Document(text, str(row.get("domain", name)))
 
 
-def _load(name: str, **options: Any) -> Any:
-    # Imported late: only calibration data from the Hub or in Parquet needs it.
+def _parquet(path: Path) -> Iterator[Any]:
+    # Not by `datasets`, which keeps a copy of all of it elsewhere and tells a server.
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                yield from batch.to_pylist()
+    except (ArrowException, OSError, ValueError) as error:
+        raise DataError(f"calibration data {path} is damaged or no Parquet ({reason(error)})") from error
+
+
+def _hub(name: str) -> Iterator[Any]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
     try:
-        return load_dataset(name, split="train", **options)
+        yield from load_dataset(name, split="train", streaming=True)
     except (OSError, ValueError, DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"calibration data '{name}' could not be loaded ({reason}); name a local .jsonl, .parquet or .txt file "
+            f"calibration data '{name}' could not be loaded ({reason(error)}); name a local .jsonl, .parquet or .txt file "
             "in calibration.data, or check the connection to the Hugging Face Hub"
         ) from error
 
@@ -137,10 +157,9 @@ def load_tokenizer(directory: Path) -> Any:
         tokenizer: Any = AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # the library that parses the files raises nothing narrower
         raise ModelError(
-            f"{directory}: no usable tokenizer ({reason}); copy the model's tokenizer files there"
+            f"{directory}: no usable tokenizer ({reason(error)}); copy the model's tokenizer files there"
         ) from error
     if not tokenizer("Any text has tokens.")["input_ids"]:  # made up by transformers where there are no files
         raise ModelError(f"{directory}: no tokenizer; copy the model's tokenizer files there")
@@ -197,7 +216,7 @@ def _pool(
     for document in read_documents(source, calibration.text_field):
         if not document.text.strip():
             continue
-        ids = tokenize(tokenizer, document.text)
+        ids = tokenize(tokenizer, document.text, ahead)
         documents.setdefault(document.domain, []).append(ids)
         tokens += len(ids)
         if tokens >= ahead and source.data != DEMO:
@@ -241,11 +260,21 @@ def heldout_pool(calibration: Calibration, tokenizer: Any, kept_out: TokenPool) 
     return TokenPool(torch.from_numpy(np.stack([row for _, row in cut])), tuple(name for name, _ in cut))
 
 
-def tokenize(tokenizer: Any, text: str) -> np.ndarray:
-    """Token ids int64 [n] of a document, ended by the tokenizer's end-of-text token if it has one."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+def tokenize(tokenizer: Any, text: str, limit: int | None = None) -> np.ndarray:
+    """Token ids int64 [n] of a document, ended by the tokenizer's end-of-text token if it has one.
+
+    Of a text that has more than `limit` tokens not much more than its beginning is read.
+    """
+    ids, start = list[int](), 0
+    while start < len(text) and (limit is None or len(ids) < limit):
+        end = start + PIECE
+        if end < len(text):
+            space = text.rfind(" ", start + 1, end)
+            end = space if space > 0 else end
+        ids += tokenizer(text[start:end], add_special_tokens=False, verbose=False)["input_ids"]
+        start = end
     if tokenizer.eos_token_id is not None:
-        ids = [*ids, tokenizer.eos_token_id]
+        ids.append(tokenizer.eos_token_id)
     return np.array(ids, dtype=np.int64)
 
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from moe_rco.adapters import Adapter
+from moe_rco.calib.refusals import REFUSALS, reason
 from moe_rco.calib.streaming import Streaming, give_back
 from moe_rco.calib.transfer import Mover
 from moe_rco.calib.window import Window
@@ -46,22 +46,6 @@ class Context:
     position_ids: torch.Tensor
     rotary: tuple[torch.Tensor, torch.Tensor]
     masks: dict[str, Any]
-
-
-_REFUSALS = (
-    *(
-        ArithmeticError,
-        AttributeError,
-        ImportError,
-        LookupError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ),
-    StrictDataclassError,
-)
-"""What transformers raises for a config.json that it cannot make sense of: it checks little before it uses it."""
 
 
 class Runner:
@@ -241,10 +225,9 @@ def _described(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Any, Any]:
         config: Any = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False)
         with torch.device("meta"):
             return config, AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    except _REFUSALS as error:
-        reason = " ".join(str(error).split())[:200]
+    except REFUSALS as error:
         raise ModelError(
-            f"transformers cannot use {checkpoint.directory / CONFIG} ({type(error).__name__}: {reason}); correct it there"
+            f"transformers cannot use {checkpoint.directory / CONFIG} ({reason(error)}); correct it there"
         ) from error
 
 

@@ -146,8 +146,13 @@ def check_quickly(directory: Path, quantization_config: Mapping[str, object] | N
             )
     if PLAN not in manifest.files or sha256_of(directory / PLAN) != manifest.files[PLAN].sha256:
         raise PlanError(f"{directory / PLAN} was changed after the model was written; copy the model again")
-    if quantization_config is None:
+    plan = Plan.load(directory)
+    if (plan.model, plan.recipe) != (manifest.model, manifest.recipe):
+        raise PlanError(
+            f"{directory}: {PLAN} and {FILE_NAME} are of different models or recipes; copy the model again"
+        )
+    if quantization_config is None or plan.layout == "stock":  # whose entry is compressed-tensors'
         return
-    promised = json.dumps(Plan.load(directory).quantization_config(), sort_keys=True)
-    if json.dumps(dict(quantization_config), sort_keys=True, default=str) != promised:
+    promised = json.dumps(plan.quantization_config(), sort_keys=True)
+    if json.dumps(quantization_config, sort_keys=True, default=str) != promised:
         raise PlanError(f"{directory}: config.json and {PLAN} give the experts different options")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 import torch
 
 from moe_rco.calib.data import (
+    PIECE,
     SPAN,
     TokenPool,
     cut_sequences,
@@ -19,6 +23,7 @@ from moe_rco.calib.data import (
     make_pools,
     overlap,
     read_documents,
+    tokenize,
 )
 from moe_rco.errors import DataError, ModelError
 from moe_rco.recipe import DEMO, DEMO_MODEL, Calibration, DataSource
@@ -108,6 +113,52 @@ def test_parquet_columns(tmp_path: Path) -> None:
     assert [(document.text, document.domain) for document in documents] == [("one", "a"), ("two", "b")]
     with pytest.raises(DataError, match=r"set calibration\.text_field"):
         list(read_documents(DataSource(data=str(path)), "text"))
+
+
+def test_a_local_parquet_file_is_copied_nowhere_and_told_to_nobody(tmp_path: Path) -> None:
+    """In a process of its own, for the audit hook; `datasets` would keep a copy, and count the loading at a server."""
+    from datasets import Dataset
+
+    path = tmp_path / "rows.parquet"
+    Dataset.from_dict({"text": ["some words"] * 9}).to_parquet(path)
+    program = f"""
+import sys
+from pathlib import Path
+from moe_rco.calib.data import read_documents
+from moe_rco.recipe import DataSource
+from tests.faults.watch import watch
+import datasets, requests
+place = Path({str(tmp_path)!r})
+sys.dont_write_bytecode = True
+watch([], place, place / "watched")
+print(len(list(read_documents(DataSource(data=str(place / "rows.parquet")), "text"))))
+"""
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment
+    )
+    assert done.stdout == "9\n"
+    assert (tmp_path / "watched").read_text() == ""
+
+
+@pytest.mark.parametrize("limit", [None, 7_000])
+def test_long_texts_are_made_into_tokens_piece_by_piece(limit: int | None) -> None:
+    tokenizer, text = load_tokenizer(DEMO_MODEL), "Some words, and some more of them.\n" * 20_000
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenize(tokenizer, text, limit)
+    assert len(text) > 2 * PIECE
+    assert ids[-1] == tokenizer.eos_token_id
+    assert ids[:-1].tolist() == whole[: len(ids) - 1]
+    if limit is None:
+        assert len(ids) == len(whole) + 1
+    else:
+        assert limit < len(ids) < len(whole) / 2
+
+
+def test_a_text_without_any_space_is_cut_somewhere() -> None:
+    tokenizer = load_tokenizer(DEMO_MODEL)
+    ids = tokenize(tokenizer, "x" * (PIECE + 1000))
+    assert tokenizer.decode(ids[:-1]) == "x" * (PIECE + 1000)
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import random
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from tests.faults import judge
 from tests.faults.judge import Case, judged
 from tests.tiny_job import save_job
 
@@ -61,3 +69,101 @@ def test_the_judge(
     save_job(tmp_path / "base", steps=0, refine=0)
     found = judged(Case("kind", "name", tmp_path / "base", make, refused), 0, tmp_path / "case")
     assert found.partition(": ")[2] == expected
+
+
+def elsewhere() -> None:
+    (Path.cwd().parent / "stray").write_text("x")
+
+
+def through_a_link() -> None:
+    Path("out").symlink_to(Path.cwd().parent)
+    (Path("out") / "stray").mkdir()
+
+
+def moved_out() -> None:
+    Path("out").mkdir()
+    Path("out").rename(Path.cwd().parent / "stray")
+
+
+def removed_elsewhere() -> None:
+    directory = os.open("..", os.O_RDONLY)
+    with suppress(OSError):
+        os.unlink("nothing", dir_fd=directory)
+
+
+def ran_code() -> None:
+    exec(compile("pass", str(Path.cwd() / "model" / "modeling.py"), "exec"))
+
+
+def unpickled() -> None:
+    pickle.loads(pickle.dumps(Path("x")))  # noqa: S301
+
+
+def started() -> None:
+    subprocess.run(["true"], check=True)
+
+
+def connected() -> None:
+    with socket.socket() as own, suppress(OSError):
+        own.connect(("127.0.0.1", 9))
+
+
+def kept_a_temporary_file() -> None:
+    tempfile.mkstemp()
+
+
+def swallowed_memory() -> None:
+    try:
+        bytearray(8 << 30)
+    except MemoryError:
+        sys.stderr.write("error: out of memory; give it more\n")
+        sys.exit(2)
+
+
+def failed() -> None:
+    raise ValueError("of no use to anyone")
+
+
+def hung() -> None:
+    time.sleep(30)
+
+
+def crashed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def harmless() -> None:
+    with tempfile.TemporaryFile(dir=".") as file:
+        file.write(b"x")
+    Path(os.devnull).write_text("x")
+
+
+@pytest.mark.parametrize(
+    ("action", "expected"),
+    [
+        (elsewhere, "did open"),
+        (through_a_link, "did os.mkdir"),
+        (moved_out, "did os.rename"),
+        (removed_elsewhere, "did os.remove"),
+        (ran_code, "did ran"),
+        (unpickled, "did unpickled"),
+        (started, "did subprocess.Popen"),
+        (connected, "did socket.connect"),
+        (kept_a_temporary_file, "left tmp"),
+        (swallowed_memory, "took more than"),
+        (failed, "ended with 1: ValueError"),
+        (hung, "no end after"),
+        (crashed, "ended with -9"),
+        (harmless, ""),
+    ],
+)
+def test_the_judge_sees_what_a_command_does(
+    action: Callable[[], None], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "recipe.yaml").write_text("version: 1")
+    monkeypatch.setattr(judge.cli, "app", lambda arguments, prog_name: action())
+    monkeypatch.setattr(judge, "SECONDS", 2)
+    found = judged(Case("kind", "name", tmp_path / "base", fine), 0, tmp_path / "case")
+    wrong = found.partition(": ")[2]
+    assert wrong.startswith(expected) if expected else not wrong, wrong

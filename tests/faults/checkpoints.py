@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,8 @@ CONFIG_KEYS = (
 )
 
 
-def cases(base: Path, count: int, rng: random.Random) -> list[Case]:
-    """Of a directory that holds a sound job, whose model is in `model`."""
+def cases(bases: Sequence[Path], count: int, rng: random.Random) -> list[Case]:
+    """Of directories that hold a sound job, whose model is in `model`."""
     anything: list[Callable[[Path, random.Random], list[str]]] = [
         _config_value,
         _config_value,
@@ -73,6 +73,7 @@ def cases(base: Path, count: int, rng: random.Random) -> list[Case]:
     ]
     made = []
     for number in range(count):
+        base = rng.choice(bases)
         if number % 3 == 0:
             made.append(Case("checkpoint", "refused", base, rng.choice(refused), refused=True))
         else:
@@ -210,8 +211,12 @@ def _with_tensors(
 
 
 def _not_finite(place: Path, rng: random.Random) -> list[str]:
+    """In an expert, or in any other tensor."""
+
     def change(tensors: dict[str, torch.Tensor], name: str) -> None:
         value = rng.choice((float("nan"), float("inf"), -float("inf")))
+        if rng.random() < 0.3:
+            name = rng.choice(sorted(tensors))
         tensors[name].view(-1)[rng.randrange(tensors[name].numel())] = value
 
     _with_tensors(place, rng, change)

@@ -33,22 +33,19 @@ class Corpus:
     """Cases below a directory; the same seed gives the same ones."""
 
     def __init__(self, place: Path) -> None:
-        self.place, self.job = place, place / "job"
-        self.job.mkdir(parents=True)
-        save_job(self.job, steps=30, refine=0)
-        path = self.job / "recipe.yaml"
-        # Cases are copies of the directory: the recipe must not lead back to the first one.
-        path.write_text(path.read_text().replace(f"{self.job}/", ""))
+        self.place, self.job = place, _saved(place / "job")
 
     def cases(self, kind: str, count: int, seed: int) -> list[Case]:
         """Some of a kind of `KINDS`."""
         rng = random.Random(f"{kind} {seed}")
         if kind == "output":
-            return outputs.cases(self._finished(), count, rng)
+            return outputs.cases(self._finished(), self._several(), count, rng)
         if kind == "store":
             expected = written(self._finished() / "done")
             return stores.cases(self._interrupted(), expected, count, rng)
-        module = {"recipe": recipes, "checkpoint": checkpoints, "text": texts}[kind]
+        if kind == "checkpoint":
+            return checkpoints.cases([self.job, *self._other_families()], count, rng)
+        module = {"recipe": recipes, "text": texts}[kind]
         return module.cases(self.job, count, rng)
 
     def tried(self, kind: str, count: int, seed: int, only: int | None = None) -> Iterator[tuple[int, str]]:
@@ -62,22 +59,39 @@ class Corpus:
         failed = [f"--kinds {kind} --seed {seed} --only {n}: {wrong}" for n, wrong in found.items() if wrong]
         return Row(TITLES[kind], len(found), failed)
 
-    def _command(self, directory: Path) -> subprocess.Popen[bytes]:
+    def _other_families(self) -> list[Path]:
+        made = []
+        for family in ("qwen2_moe", "mixtral"):
+            place = self.place / family
+            made.append(place if place.exists() else _saved(place, family))
+        return made
+
+    def _command(self, directory: Path, *settings: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "moe_rco.cli", "prune", "--recipe", "recipe.yaml"]
-        return subprocess.Popen(command, cwd=directory, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        sets = [part for setting in settings for part in ("--set", setting)]
+        return subprocess.Popen(
+            [*command, *sets], cwd=directory, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
 
     def _copy(self, name: str) -> Path:
         return shutil.copytree(self.job, self.place / name)
 
-    def _finished(self) -> Path:
+    def _done(self, name: str, *settings: str) -> Path:
         """A directory with a finished output, `done`, and nothing else."""
-        if not (self.place / "finished").exists():
-            run = self._copy("run")
-            if self._command(run).wait():
+        place = self.place / name
+        if not place.exists():
+            run = self._copy(f"{name}-run")
+            if self._command(run, *settings).wait():
                 raise RuntimeError("the sound job failed")
-            (self.place / "finished").mkdir()
-            (run / "out").rename(self.place / "finished" / "done")
-        return self.place / "finished"
+            place.mkdir()
+            (run / "out").rename(place / "done")
+        return place
+
+    def _finished(self) -> Path:
+        return self._done("finished")
+
+    def _several(self) -> Path:
+        return self._done("several", "budget=[40%,17%]", "search.steps=0")
 
     def _interrupted(self) -> Path:
         """A directory with a job that was killed in its search."""
@@ -92,3 +106,12 @@ class Corpus:
             if not search.exists():
                 raise RuntimeError("the sound job was over before it could be killed")
         return place
+
+
+def _saved(place: Path, family: str = "qwen3_moe") -> Path:
+    """A directory with a sound job. Cases are copies of it: the recipe must not lead back to the first one."""
+    place.mkdir(parents=True)
+    save_job(place, steps=30, refine=0, family=family)
+    path = place / "recipe.yaml"
+    path.write_text(path.read_text().replace(f"{place}/", ""))
+    return place

@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -15,8 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import requests  # noqa: F401
 
-from moe_rco import cli
+# The commands load these when they are needed; here once for all cases.
+from moe_rco import cli, inspection, integrity, pipeline, progress, serving  # noqa: F401
+from tests.faults.watch import watch
 
 SECONDS = 60
 ROOM = 2 << 30
@@ -46,9 +50,18 @@ def judged(case: Case, seed: int, place: Path) -> str:
     shutil.copytree(case.base, place, symlinks=True)
     arguments = case.make(place, random.Random(seed))
     before, log = _state(place), place.with_name(place.name + ".log")
-    code, seconds = _run(arguments, place, log)
+    watched, temporary = place.with_name(place.name + ".watch"), place.with_name(place.name + ".tmp")
+    watched.write_bytes(b"")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    code, seconds = _run(lambda: _command(arguments, place, temporary, log, watched))
     said = log.read_text(encoding="utf-8", errors="replace")
     wrong = _wrong(case, code, seconds, said, before, _state(place))
+    seen = watched.read_text(encoding="utf-8", errors="replace").splitlines()
+    wrong = wrong or (f"did {seen[0]}" if seen else "")
+    wrong = wrong or next(
+        (f"left {path.name} among temporary files" for path in temporary.rglob("*") if path.is_file()), ""
+    )
     wrong = wrong or (case.check(place) if code == 0 else "")
     return f"{' '.join(arguments)}: {wrong}" if wrong else ""
 
@@ -61,6 +74,8 @@ def _wrong(
         return f"no end after {SECONDS} s"
     if code not in (0, 2):
         return f"ended with {code}: {last[0][:200]}"
+    if "error: out of memory" in said:
+        return f"took more than {ROOM} bytes"
     if "Traceback" in said or "internal error" in said:
         return f"shows a fault: {last[0][:200]}"
     if code == 0 and case.refused:
@@ -82,14 +97,14 @@ def _wrong(
     return ""
 
 
-def _run(arguments: list[str], place: Path, log: Path) -> tuple[int, float]:
+def _run(command: Callable[[], int]) -> tuple[int, float]:
     """The exit code of a command and the seconds it took, in a process forked from this one, which has everything loaded."""
     start = time.monotonic()
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            status = _command(arguments, place, log)
+            status = command()
         finally:
             os._exit(status)
     while True:
@@ -104,16 +119,19 @@ def _run(arguments: list[str], place: Path, log: Path) -> tuple[int, float]:
         time.sleep(0.002)
 
 
-def _command(arguments: list[str], place: Path, log: Path) -> int:
+def _command(arguments: list[str], place: Path, temporary: Path, log: Path, watched: Path) -> int:
     with log.open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False)
     os.chdir(place)
+    sys.dont_write_bytecode = True
+    tempfile.tempdir = os.environ["TMPDIR"] = os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(temporary)
     sys.excepthook = cli._report_fault  # as the installed command has it: no traceback unless asked for
     limit = psutil.Process().memory_info().vms + ROOM
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    watch((place, temporary), place, watched)
     try:
         cli.app(arguments, prog_name="moe-rco")
     except SystemExit as end:

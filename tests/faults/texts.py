@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
+
 from tests.faults.judge import Case
 from tests.faults.values import damage, replace
+
+
+def _parquet(columns: dict[str, list[object]]) -> bytes:
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    return file.getvalue()
+
 
 CONTENTS: dict[str, bytes] = {
     "empty.jsonl": b"",
@@ -30,12 +41,18 @@ CONTENTS: dict[str, bytes] = {
     "same.txt": b"\x00" * 50_000,
     "empty.parquet": b"",
     "not.parquet": b"PAR1" + b"x" * 500 + b"PAR1",
+    "sound.parquet": _parquet({"text": [f"some words to read here, {n} of them" for n in range(600)]}),
+    "number.parquet": _parquet({"text": [1, 2, 3]}),
+    "other.parquet": _parquet({"body": ["words"]}),
+    "null.parquet": _parquet({"text": [None, None]}),
+    "rows.parquet": _parquet({"text": []}),
     "other.csv": b"a,b\n1,2\n",
     "array.json": b'[{"text": "words"}]',
     "none": b"words",
     "bom.jsonl": b'\xef\xbb\xbf{"text": "words"}\n' * 9,
     "long.jsonl": b'{"text": "' + b"word " * 300_000 + b'"}\n',
     "domains.jsonl": b'{"text": "some words to read here", "domain": {"a": 1}}\n' * 200,
+    "huge.txt": b"word " * 10_000_000,
     "emoji.txt": ("\U0001f4a9\u202e" * 9_000).encode(),
 }
 
@@ -44,7 +61,7 @@ def cases(base: Path, count: int, rng: random.Random) -> list[Case]:
     """Of a directory that holds a sound job."""
     fixed = [Case("calibration text", name, base, _content(name)) for name in CONTENTS]
     made = [
-        Case("calibration text", "changed", base, rng.choice((_damaged, _replaced, _mixed)))
+        Case("calibration text", "changed", base, rng.choice((_damaged, _replaced, _mixed, _foreign)))
         for _ in range(count)
     ]
     return [*fixed, *made][:count]
@@ -83,3 +100,17 @@ def _mixed(place: Path, rng: random.Random) -> list[str]:
         {"data": name, "weight": w} for name, w in zip([*names, "model/text.jsonl"], weights, strict=True)
     ]
     return _prune(f"calibration.data={json.dumps(sources)}")
+
+
+def _foreign(place: Path, rng: random.Random) -> list[str]:
+    """A tokenizer of another vocabulary: its tokens are not the model's, by much or by one."""
+    path = place / "model" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary: dict[str, int] = tokenizer["model"]["vocab"]
+    moved = rng.choice((1, 1000, 10**6, 2**31, 2**40))
+    last = max(vocabulary.values())
+    for token, number in vocabulary.items():
+        if moved > 1 or number == last:
+            vocabulary[token] = number + moved
+    path.write_text(json.dumps(tokenizer), encoding="utf-8")
+    return _prune()
