@@ -136,6 +136,27 @@ MUTATIONS = (
         "every second half of a 3-bit word is read wrongly", "quant/test_packing.py",
     ),
     _m(
+        "quant/packing.py", "[[sum(cost(weight, option) for weight in group.weights)",
+        "[[sum(cost(weight, option) for weight in group.weights[:2])",
+        "a third of every expert's bytes is not counted", "quant/test_packing.py", "ckpt/test_rewrite.py",
+    ),
+    _m(
+        "quant/packing.py", "SCALE: ((rows, groups), SCALE_DTYPE),", "SCALE: ((rows, groups), torch.float32),",
+        "scales are counted and looked for in twice their bytes", "quant/test_packing.py",
+    ),
+    _m(
+        "quant/gptq.py", "    diagonal += damping\n", "    diagonal += 0\n",
+        "what no token excited is divided by nothing", "quant/test_gptq.py",
+    ),
+    _m(
+        "quant/gptq.py", "if not bool(hessian.isfinite().all()):", "if False:",
+        "NaN in the statistics becomes NaN in the weights", "quant/test_gptq.py",
+    ),
+    _m(
+        "quant/grid.py", "importance[matrix].flatten(0, 1)", "importance[matrix * 0].flatten(0, 1)",
+        "all experts' scales are fitted to the first one's tokens", "quant",
+    ),
+    _m(
         "ckpt/header.py", "if position > size:", "if False:",
         "a truncated model is read", "ckpt/test_header.py",
     ),
@@ -180,6 +201,53 @@ MUTATIONS = (
         "files and plan disagree", "ckpt/test_rewrite.py", "contract/test_adapters.py",
     ),
     _m(
+        "ckpt/rewrite.py", "elif path.name not in found.digests:", "elif False:",
+        "a resumed run leaves shards of another plan beside its own", "ckpt/test_rewrite.py",
+    ),
+    _m(
+        "ckpt/rewrite.py", "if tensor.name not in options:",
+        "if tensor.name not in options or not options[tensor.name][1].is_quantized:",
+        "pruned experts stay in the files", "ckpt/test_rewrite.py",
+    ),
+    _m(
+        "ckpt/rewrite.py", "entries.append(from_file(tensor) if kept is None else rows(tensor, kept))",
+        'entries.append(from_file(tensor, dtype=torch.bfloat16 if "gate" in tensor.name else None) if kept is None '
+        "else rows(tensor, kept))",
+        "routers and shared experts lose their precision", "ckpt/test_rewrite.py", "contract/test_adapters.py",
+    ),
+    _m(
+        "ckpt/writer.py", "entries = sorted(entries, key=lambda entry: -ITEM_BYTES[entry.dtype])", "entries = list(entries)",
+        "tensors begin where readers cannot map them", "ckpt/test_writer.py",
+    ),
+    _m(
+        "ckpt/writer.py", "    write_text(partial, text)\n", "    write_text(path, text)\n    write_text(partial, text)\n",
+        "who reads while it is written finds half a file", "ckpt",
+    ),
+    _m(
+        "ckpt/shards.py", " and sha256_of(shard) == self.digests[shard.name]", "",
+        "a damaged shard is taken for complete", "ckpt/test_shards.py",
+    ),
+    _m(
+        "ckpt/destination.py", "            os.rename(destination, old)\n", "            shutil.rmtree(destination)\n",
+        "killed at the wrong moment, the old result is gone and the new one is not there", "ckpt/test_destination.py",
+    ),
+    _m(
+        "ckpt/destination.py", "if names and not (_is_ours(destination) or _is_ours_of_several(destination)):", "if False:",
+        "--overwrite deletes a directory that is none of ours", "ckpt/test_destination.py",
+    ),
+    _m(
+        "ckpt/workdir.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB",
+        "two runs write into the same files", "ckpt/test_workdir.py",
+    ),
+    _m(
+        "ckpt/workdir.py", "if Lock(self.lock, descriptor).held:", "if True:",
+        "a lock that was removed keeps nobody out", "ckpt/test_workdir.py",
+    ),
+    _m(
+        "ckpt/manifest.py", "if name.endswith(SUFFIX) and path.stat().st_size != file.bytes:", "if False:",
+        "a truncated model is served", "test_integrity.py",
+    ),
+    _m(
         "ckpt/rewrite.py", "if not option.is_quantized:\n            yield from_file(tensor,",
         "if not option.is_quantized and False:\n            yield from_file(tensor,",
         "experts kept in bf16 are looked for in the store", "ckpt/test_rewrite.py",
@@ -216,6 +284,24 @@ MUTATIONS = (
         "serve/experts.py", "chosen, ids = route(logits, self.top_k, self.renormalise, self.kept)",
         "chosen, ids = route(logits, self.top_k, self.renormalise)",
         "tokens are sent to pruned experts", "serve/test_hf.py",
+    ),
+    _m(
+        "serve/experts.py", "return down(self.activation(gate(x)) * up(x))", "return down(self.activation(up(x)) * gate(x))",
+        "transformers swaps gate and up", "serve/test_hf.py",
+    ),
+    _m(
+        "serve/experts.py", "output = output * top_k_weights.flatten()[pairs, None]",
+        "output = output * top_k_weights.flatten()[token, None]",
+        "experts are weighed as for another token", "serve/test_hf.py",
+    ),
+    _m(
+        "serve/vllm_shard.py", "return slice_packed(tensor.T, option.bits, begin, end).T",
+        "return slice_packed(tensor.T, option.bits, 0, end - begin).T",
+        "with tensor parallelism all processes use the first one's zero points", "serve/test_vllm_shard.py",
+    ),
+    _m(
+        "serve/vllm_method.py", "if (tuple(loaded_weight.shape), loaded_weight.dtype) != (shape, dtype):", "if False:",
+        "vLLM loads tensors of another shape than promised", "serve/test_vllm_plugin.py",
     ),
     _m(
         "serve/vllm_shard.py", "tensor[:, begin // group : end // group]", "tensor[:, : (end - begin) // group]",

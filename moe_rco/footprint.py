@@ -121,19 +121,21 @@ def streamed(shapes: Shapes, limit: int, available: int, on_host: bool) -> Footp
     activations = 0 if spill else s.activations
     on_limited = fixed + (LIBRARIES + s.references + activations if on_host else 0)
     token = s.graph + s.backward + (s.layers * s.hidden * s.item if on_host else 0)
-    least = on_limited + s.length * token + max(s.quantising, layer)
+    least = on_limited + max(s.length * token + 2 * layer, s.quantising + layer)
     if least > limit:
         raise UserError(
             f"the run needs at least {format_size(least)} of memory even with weights streamed, and may take "
             f"{format_size(limit)}: set execution.memory_limit to that or more where there is as much, or lower "
             f"calibration.sequences or sequence_length"
         )
-    room = limit - on_limited
+    everything = limit - on_limited
     wanted = max(s.batch * s.samples, 8) * s.length
-    tokens = max(s.length, min(_TOKENS, wanted, room // 2 // token))
-    room -= tokens * token
+    fitting = min(everything // 2, everything - 2 * layer) // token
+    tokens = max(s.length, min(_TOKENS, wanted, fitting))
+    room = everything - tokens * token
     workspace = max(s.quantising, min(WORKSPACE, room // 2))
-    window = max(layer, min(2 * (s.compact + layer), room // 2 if not on_host else min(room // 2, 1 << 28)))
+    window = min(2 * (s.compact + layer), room // 2, everything - workspace, *((1 << 28,) if on_host else ()))
+    window = max(layer, window)
     memory = fixed + max(tokens * token + 2 * window, workspace + window)
     boundary = 0 if on_host else s.layers * tokens * s.hidden * s.item
     if on_host:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from moe_rco.errors import UserError
@@ -26,6 +26,7 @@ QWEN = Shapes(
     limit=st.integers(2 * GIB, 64 * GIB),
     on_host=st.booleans(),
 )
+@example(layers=1, tokens=19, length=512, limit=2_832_251_008, on_host=True)  # all room was given away twice
 def test_streamed_stays_within_the_limit_or_is_refused(
     layers: int, tokens: int, length: int, limit: int, on_host: bool
 ) -> None:
