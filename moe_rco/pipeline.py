@@ -239,8 +239,9 @@ class _Job:
         """
         recipe, store = self.sized.recipe, self.prepared.store
         self.part.directory.mkdir(exist_ok=True)
-        inputs = (store.fingerprint, recipe.digest())
-        report, found = finished(self.part, *inputs), self.part.found(*inputs)
+        inputs = (store.fingerprint, recipe.search_digest())
+        report = finished(self.part, store.fingerprint, recipe.digest())
+        found = self.part.found(*inputs)
         last, state = self.budget == self.sized.budgets[-1], found.load()
         if report is None or (state is None and not last):
             leads = self.prepared.model.team.leads

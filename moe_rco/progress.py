@@ -60,7 +60,7 @@ class Effort(_Part):
 
 
 class Run(_Part):
-    """`run.json`: what a run is about. `recipe` and `costs` are digests, `options` those that are quantised.
+    """`run.json`: what a run is about. `recipe`, `search` and `costs` are digests, `options` those that are quantised.
 
     `layers` are MoE layers. `search_steps` and `race_passes` (sequences run) are what the search takes at most for each of
     `budgets`, the names of their parts.
@@ -70,6 +70,7 @@ class Run(_Part):
     model: str
     output: str
     recipe: str
+    search: str
     costs: str
     seed: int
     layers: int
@@ -83,6 +84,7 @@ class Run(_Part):
             model=recipe.model,
             output=recipe.output,
             recipe=recipe.digest(),
+            search=recipe.search_digest(),
             costs=costs_digest(table),
             seed=recipe.search.seed,
             layers=len(table.layers),
@@ -215,7 +217,7 @@ def _shards(part: Part, store: str, recipe: str) -> dict[str, Any] | None:
 def _stages(run: Run, work: WorkDirectory) -> tuple[Stage, ...]:
     """What is kept, by the files that a run would go on from; what is done for each budget is added up."""
     store, options = listed(work.store)
-    parts = [_part_done(work.part(name), store, run.recipe, effort) for name, effort in run.budgets.items()]
+    parts = [_part_done(work.part(name), store, run, effort) for name, effort in run.budgets.items()]
     efforts = run.budgets.values()
     steps, passes = sum(e.search_steps for e in efforts), sum(e.race_passes for e in efforts)
     stages = [
@@ -255,11 +257,11 @@ class _Done:
     total: int = 0
 
 
-def _part_done(part: Part, store: str, recipe: str, effort: Effort) -> _Done:
-    shards = _shards(part, store, recipe)
+def _part_done(part: Part, store: str, run: Run, effort: Effort) -> _Done:
+    shards = _shards(part, store, run.recipe)
     if shards is not None:
         return _Done(effort.search_steps, effort.race_passes, len(shards["shards"]), shards["total"])
-    state = part.search(store, recipe).load() or {}
+    state = part.search(store, run.search).load() or {}
     steps = effort.search_steps if "races.best" in state else int(state.get("step", 0))
     passes = int(state.get("races.passes", 0))
     return _Done(min(steps, effort.search_steps), min(passes, effort.race_passes))

@@ -266,7 +266,14 @@ class Recipe(_Section):
 
     def digest(self) -> str:
         """sha256 of everything that decides the result: all keys but `output`, defaults included."""
-        data = self.model_dump(mode="json", exclude={"output"})
+        return self._digest({"output"})
+
+    def search_digest(self) -> str:
+        """The same of what a search goes on from: how much memory it may take changes no more than rounding."""
+        return self._digest({"output": True, "execution": {"mode", "memory_limit"}})
+
+    def _digest(self, exclude: Any) -> str:
+        data = self.model_dump(mode="json", exclude=exclude)
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:

@@ -28,6 +28,7 @@ RUN = Run(
     model="demo",
     output="out",
     recipe="r",
+    search="s",
     costs="c",
     seed=0,
     layers=3,
@@ -72,7 +73,7 @@ def test_the_stages_one_after_the_other(work: WorkDirectory) -> None:
     expected["effects measured"] = (1, 1)
     assert stages(work) == expected
 
-    search = work.part().search("f", "r")
+    search = work.part().search("f", "s")
     search.save({"step": 30})
     expected["search steps"] = (30, 40)
     assert stages(work) == expected
@@ -223,7 +224,7 @@ def test_several_budgets_are_added_up(work: WorkDirectory) -> None:
         part.directory.mkdir()
         part.checkpoint.mkdir(parents=True)
     ShardManifest(first.shards, "f r more").begin(3)
-    second.search("f", "r").save({"step": 30})
+    second.search("f", "s").save({"step": 30})
     assert stages(work)["search steps"] == (70, 80)
     assert stages(work)["race passes"] == (960, 960)
     assert stages(work)["shards written"] == (0, 3)

@@ -302,6 +302,10 @@ def test_digest_covers_what_decides_the_result_and_nothing_else() -> None:
         "layout=stock",
     ):
         assert parse(MINIMAL, overrides=[change]).digest() != base.digest()
+        assert parse(MINIMAL, overrides=[change]).search_digest() != base.search_digest()
+    for change in ("execution.mode=streaming", "execution.memory_limit=20GiB"):
+        assert parse(MINIMAL, overrides=[change]).digest() != base.digest()
+        assert parse(MINIMAL, overrides=[change]).search_digest() == base.search_digest()
 
 
 @given(

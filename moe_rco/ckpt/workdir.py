@@ -46,7 +46,7 @@ class Part:
     checkpoint: Path
 
     def search(self, store: str, recipe: str) -> SavedState:
-        """Where the search is. It depends on a store (its fingerprint) and a recipe (its digest)."""
+        """Where the search is. It depends on a store (its fingerprint) and a recipe (its `search_digest`)."""
         return SavedState(self.directory / "search.safetensors", f"{store} {recipe}")
 
     def found(self, store: str, recipe: str) -> SavedState:

@@ -139,6 +139,23 @@ def test_killed_twenty_times_it_ends_in_the_same_bytes(recipe: Path, start: Star
 
 
 @pytest.mark.slow
+def test_a_search_goes_on_with_less_memory(recipe: Path, start: Start) -> None:
+    """As the message of a run that had too little advises."""
+    place = recipe.parent / "less"
+    work, steps = WorkDirectory(place / "out.work"), searched("search steps")
+    run = start(place, "--recipe", str(recipe))
+    wait_for(run, work, steps, 12)
+    assert run.kill() == KILLED, run.log
+    done, noted = steps(work), work.run.read_bytes()
+    assert done >= 12
+    run = start(place, "--recipe", str(recipe), "--set", "execution.mode=streaming")
+    wait_for(run, work, lambda work: work.run.read_bytes() != noted, 1)
+    assert steps(work) >= done, "the search began anew"
+    assert run.ends() == 0, run.log
+    assert written(place / "out")["report.json"]["bytes"]["slack"] >= 0
+
+
+@pytest.mark.slow
 def test_two_runs_in_one_place(recipe: Path, start: Start) -> None:
     run = start(recipe.parent / "two", "--recipe", str(recipe))
     work = WorkDirectory(run.place / "out.work")
