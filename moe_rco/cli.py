@@ -135,7 +135,7 @@ def prune(
         overrides = (*overrides, f"output={json.dumps(output, ensure_ascii=False)}")
     loaded = load(recipe, overrides)
 
-    from moe_rco import console, pipeline
+    from moe_rco import console, page, pipeline
     from moe_rco.calib.team import leads
     from moe_rco.curve import Curve
 
@@ -152,7 +152,12 @@ def prune(
     if len(reports) == 1:
         console.show_summary(reports[0])
     else:
-        console.show_curve(Curve.load(Path(loaded.output)), loaded.output)
+        names = [point.directory for point in Curve.load(Path(loaded.output)).points]
+        console.show_comparison(
+            dict(zip(names, reports, strict=True)),
+            f"Written to {loaded.output}: a model and its report in each directory, the curve in curve.json and curve.svg, "
+            f"and a page for your browser: {loaded.output}/{page.FILE_NAME}",
+        )
 
 
 @app.command(epilog=_example("moe-rco status out/demo", "moe-rco status out/demo --json"))
@@ -200,6 +205,35 @@ def verify(directory: str, original: str | None, as_json: bool) -> None:
     wrong = [verification.directory for verification in found if not verification.passed]
     if wrong:
         raise PlanError(f"{', '.join(wrong)}: not what was written; copy it again, or make it again")
+
+
+@app.command(
+    epilog=_example(
+        "moe-rco compare out/qwen3-35 out/qwen3-25",
+        "moe-rco compare out/* --output all.html",
+    )
+)
+@click.argument("directories", nargs=-1, required=True, metavar="DIRECTORY...")
+@click.option(
+    "-o", "--output", default="compare.html", metavar="FILE", help="Write the page there.", show_default=True
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the reports as JSON; write no page.")
+@_debug_option
+def compare(directories: tuple[str, ...], output: str, as_json: bool) -> None:
+    """Put several results beside each other: a table here, and a page for your browser.
+
+    Each DIRECTORY holds what `prune` wrote, for one budget or for several.
+    """
+    from moe_rco import comparison, console
+
+    reports = comparison.collect(directories)
+    if as_json:
+        click.echo(
+            json.dumps({name: report.model_dump(mode="json") for name, report in reports.items()}, indent=2)
+        )
+        return
+    comparison.write(Path(output), reports)
+    console.show_comparison(reports, f"Written to {output}, a page for your browser.")
 
 
 @app.command(epilog=_example("moe-rco validate my.yaml", "moe-rco validate demo --set budget.ratio=0.35"))

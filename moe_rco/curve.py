@@ -9,9 +9,9 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from moe_rco.chart import Mark, Panel, draw
 from moe_rco.ckpt.destination import CURVE, CURVE_PICTURE
 from moe_rco.ckpt.writer import replace_text
-from moe_rco.curve_picture import Mark, Panel, draw
 from moe_rco.errors import OutputError, PlanError
 from moe_rco.report import Candidate, Report
 
@@ -57,7 +57,7 @@ class Curve(_Part):
             model=first.model,
             recipe_digest=first.recipe_digest,
             experts_before=first.bytes.experts_before,
-            original_loss=_losses(first)[0],
+            original_loss=first.losses[0],
             points=tuple(
                 CurvePoint(
                     directory=directory,
@@ -67,7 +67,7 @@ class Curve(_Part):
                     total_bytes=report.bytes.total,
                     kl=report.kl,
                     kl_stderr=report.kl_stderr,
-                    loss=_losses(report)[1],
+                    loss=report.losses[1],
                     winner=report.winner,
                     candidates=report.candidates,
                 )
@@ -94,8 +94,8 @@ class Curve(_Part):
         except ValidationError as error:
             raise PlanError(f"{path}: not a curve of this version: {str(error).splitlines()[0]}") from error
 
-    def picture(self) -> str:
-        """SVG: the KL and the loss on held-out text against the experts' bytes."""
+    def panels(self) -> tuple[Panel, Panel]:
+        """The KL and the loss on held-out text against the experts' bytes."""
         kl = [Mark(point.expert_bytes, point.kl, point.kl_stderr, point.directory) for point in self.points]
         tried = [
             Mark(candidate.cost, candidate.kl)
@@ -104,19 +104,18 @@ class Curve(_Part):
             if candidate.name != point.winner
         ]
         loss = [Mark(point.expert_bytes, point.loss, 0.0, point.directory) for point in self.points]
-        return draw(
-            f"{self.model}: quality against the routed experts' bytes",
+        return (
             Panel("KL to the original, held-out text (nats per token)", kl, tried),
             Panel("Loss, held-out text (nats per token)", loss, base=self.original_loss),
+        )
+
+    def picture(self) -> str:
+        """The same as an SVG document."""
+        return draw(
+            f"{self.model}: quality against the routed experts' bytes",
+            *self.panels(),
             notes=(
                 "Bars: one standard error. Grey: other candidates of the search, on calibration text kept out of it.",
                 "Dashed: the original.",
             ),
         )
-
-
-def _losses(report: Report) -> tuple[float, float]:
-    """Before and after, over the tokens of all domains."""
-    tokens = sum(part.tokens for part in report.domains)
-    before = sum(part.tokens * part.loss_before for part in report.domains) / tokens
-    return before, sum(part.tokens * part.loss_after for part in report.domains) / tokens

@@ -10,6 +10,11 @@ from dataclasses import dataclass
 from moe_rco.errors import RecipeError
 from moe_rco.types import Option
 
+# Eight steps of viridis: ordered in lightness too, so that they read in grey and by colour-blind eyes.
+VIRIDIS = ("#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#fde725")
+STEPS = len(VIRIDIS)
+_FIRST_LIGHT = 4
+
 
 @dataclass(frozen=True)
 class Key:
@@ -19,6 +24,16 @@ class Key:
     symbol: str
     shade: float | None
     count: int
+
+
+def step_of(shade: float) -> int:
+    """Which colour of `VIRIDIS` a shade has."""
+    return round(shade * (STEPS - 1))
+
+
+def ink(step: int) -> str:
+    """The colour of text on it."""
+    return "#000000" if step >= _FIRST_LIGHT else "#ffffff"
 
 
 def bits(name: str) -> int:

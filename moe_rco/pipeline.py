@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from moe_rco import page
 from moe_rco import preflight as checks
 from moe_rco.baselines import (
     PROXY_STRIDE,
@@ -161,7 +162,9 @@ def _prune(
     if lock is not None:
         lock.check()
     if len(reports) > 1:
-        Curve.of(parts, reports).save(work.checkpoint)
+        curve = Curve.of(parts, reports)
+        curve.save(work.checkpoint)
+        page.save_compared(work.checkpoint / page.FILE_NAME, dict(zip(parts, reports, strict=True)), curve)
     work.will_publish()
     publish(work.checkpoint, output, overwrite=overwrite, keep=checkpoint.directory)
     work.clear()
@@ -291,7 +294,8 @@ class _Job:
             reloaded, scores, self.clock, self.output,
         )  # fmt: skip
         report.check()
-        report.save(self.part.checkpoint)
+        page.save(self.part.checkpoint, report, recipe.to_yaml())
+        report.save(self.part.checkpoint)  # last: it tells that all is there
         return report
 
     def _manifest(self, plan: Plan, weight_bytes: int) -> str:

@@ -111,10 +111,16 @@ class Reload(_Part):
 
 class SearchStep(_Part):
     """One line of the search's history; `kl` in nats per token is the mean of the step's samples, of a race the loss of
-    the better assignment where it has been run."""
+    the better assignment where it has been run.
+
+    Of steps with logits also the relative `budget_error`, the `temperature`, and the mean `entropy` of a group in nats.
+    """
 
     step: int
     kl: float
+    budget_error: float | None = None
+    temperature: float | None = None
+    entropy: float | None = None
 
 
 class SearchPart(_Part):
@@ -233,6 +239,13 @@ class Report(_Part):
     warnings: tuple[str, ...] = ()
     scores: tuple[TaskScore, ...] = ()
     digest: str = ""
+
+    @property
+    def losses(self) -> tuple[float, float]:
+        """On held-out text, before and after, in nats per token."""
+        tokens = sum(part.tokens for part in self.domains)
+        before = sum(part.tokens * part.loss_before for part in self.domains) / tokens
+        return before, sum(part.tokens * part.loss_after for part in self.domains) / tokens
 
     @property
     def own_digest(self) -> str:

@@ -18,6 +18,7 @@ from moe_rco.ckpt.stock import precisions, transformers_reads
 from moe_rco.ckpt.store import Store
 from moe_rco.clock import Clock
 from moe_rco.job import Sized
+from moe_rco.optim.trace import StepRecord
 from moe_rco.report import (
     BudgetPart,
     BytesPart,
@@ -96,7 +97,7 @@ def build_report(
         reload=reload,
         search=SearchPart(
             steps=len(chosen.history),
-            history=tuple(SearchStep(step=record.step, kl=record.loss) for record in chosen.history),
+            history=tuple(map(_step, chosen.history)),
         ),
         stages=clock.stages,
         memory=clock.memory,
@@ -111,6 +112,18 @@ def _software(device: torch.device) -> Software:
         system=platform.platform(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         threads=torch.get_num_threads(),
+    )
+
+
+def _step(record: StepRecord) -> SearchStep:
+    if not record.tau:
+        return SearchStep(step=record.step, kl=record.loss)
+    return SearchStep(
+        step=record.step,
+        kl=record.loss,
+        budget_error=record.budget_error,
+        temperature=record.tau,
+        entropy=record.entropy,
     )
 
 

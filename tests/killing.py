@@ -60,8 +60,17 @@ def tree(directory: Path) -> dict[str, bytes | None]:
 
 
 def written(output: Path) -> dict[str, Any]:
-    """What a run wrote, but for where it is and how long it took."""
+    """What a run wrote, but for where it is and how long it took. Pages show what the reports say, and no more."""
     files: dict[str, Any] = tree(output)
+    for name in [name for name in files if name.endswith("report.html")]:
+        text = files.pop(name).decode()
+        shown = json.loads(
+            text.partition('type="application/json"')[2].partition(">")[2].partition("</script>")[0]
+        )
+        if "digest" in shown:
+            assert shown == json.loads(files[name.replace(".html", ".json")])
+        else:
+            assert all(report == json.loads(files[f"{part}/report.json"]) for part, report in shown.items())
     for name in [name for name in files if name.endswith("report.json")]:
         report = json.loads(files[name])
         assert report.pop("stages")

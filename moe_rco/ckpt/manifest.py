@@ -20,8 +20,8 @@ from moe_rco.plan import Plan
 
 FILE_NAME = "manifest.json"
 SUFFIX = ".safetensors"
-NOT_LISTED = (FILE_NAME, RECIPE, "report.json")
-"""The recipe has a digest of its own, which where it is written to does not change; the report is added to."""
+NOT_LISTED = (FILE_NAME, RECIPE, "report.json", "report.html")
+"""The recipe has a digest of its own, which where it is written to does not change; the report and its page are added to."""
 
 
 class _Part(BaseModel):

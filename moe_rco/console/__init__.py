@@ -7,11 +7,11 @@ from moe_rco.console.map import show_map
 from moe_rco.console.parts import stderr, stdout
 from moe_rco.console.serving import show_serving
 from moe_rco.console.status import show_status
-from moe_rco.console.summary import show_curve, show_summary
+from moe_rco.console.summary import show_comparison, show_summary
 
 __all__ = (
     "RichProgress",
-    "show_curve",
+    "show_comparison",
     "show_forecast",
     "show_inspect",
     "show_map",

@@ -8,11 +8,7 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from moe_rco.heatmap import Key, legend
-
-# Eight steps of viridis: ordered in lightness too, so that they read in grey and by colour-blind eyes.
-_VIRIDIS = ("#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#fde725")
-_FIRST_LIGHT = 4
+from moe_rco.heatmap import VIRIDIS, Key, ink, legend, step_of
 
 Layers = Sequence[tuple[int, Sequence[str]]]
 
@@ -46,5 +42,5 @@ def show_map(layers: Layers, console: Console) -> None:
 def _style(key: Key) -> Style:
     if key.shade is None:
         return Style(color="bright_black")
-    step = round(key.shade * (len(_VIRIDIS) - 1))
-    return Style(color="#000000" if step >= _FIRST_LIGHT else "#ffffff", bgcolor=_VIRIDIS[step])
+    step = step_of(key.shade)
+    return Style(color=ink(step), bgcolor=VIRIDIS[step])

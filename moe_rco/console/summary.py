@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from rich.console import Console
 from rich.table import Table
 
 from moe_rco.console.map import show_map
 from moe_rco.console.parts import share, show, stdout, table_of
-from moe_rco.curve import Curve
+from moe_rco.page import FILE_NAME as PAGE
 from moe_rco.quant.hessian import TOKENS_PER_INPUT
 from moe_rco.report import Report, StockPart
 from moe_rco.units import format_duration, format_size
@@ -59,7 +59,10 @@ def show_summary(report: Report, console: Console | None = None) -> None:
     for warning in report.warnings:
         console.print(f"note: {warning}", style="yellow", soft_wrap=True)
     console.print(_resources(report), soft_wrap=True)
-    console.print(f"\nWritten to {report.output}. To use it from Python:\n", soft_wrap=True)
+    console.print(
+        f"\nWritten to {report.output}, with a page for your browser: {report.output}/{PAGE}", soft_wrap=True
+    )
+    console.print("To use it from Python:\n")
     for line in _usage(report):
         console.print(f"    {line}", soft_wrap=True)
 
@@ -147,24 +150,20 @@ def _usage(report: Report) -> tuple[str, ...]:
     )
 
 
-def show_curve(curve: Curve, output: str, console: Console | None = None) -> None:
-    """What `prune` ends with for several budgets."""
+def show_comparison(reports: Mapping[str, Report], written: str, console: Console | None = None) -> None:
+    """Several results beside each other; `written` says where they are. What `prune` ends with for several budgets."""
     console = console or stdout()
-    console.rule(curve.model)
-    table = table_of("directory", "experts>", "of before>", "whole model>", "loss>", "KL>", "±>")
-    for point in curve.points:
+    table = table_of("", "experts>", "of before>", "whole model>", "loss before>", "loss after>", "KL>", "±>")
+    for name, report in reports.items():
+        sizes = report.bytes
         table.add_row(
-            point.directory,
-            f"{point.expert_bytes:,}",
-            share(point.expert_bytes, curve.experts_before),
-            f"{point.total_bytes:,}",
-            f"{point.loss:.4f}",
-            f"{point.kl:.5f}",
-            f"{point.kl_stderr:.5f}",
+            name,
+            f"{sizes.experts_after:,}",
+            share(sizes.experts_after, sizes.experts_before),
+            f"{sizes.total:,}",
+            *(f"{loss:.4f}" for loss in report.losses),
+            f"{report.kl:.5f}",
+            f"{report.kl_stderr:.5f}",
         )
     show(console, "Bytes, and held-out text (nats per token; KL to the original)", table)
-    console.print(f"Loss of the original: {curve.original_loss:.4f}")
-    console.print(
-        f"\nWritten to {output}: a model and its report in each directory, and the curve in curve.json and curve.svg.",
-        soft_wrap=True,
-    )
+    console.print(written, soft_wrap=True)

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from moe_rco import page
 from moe_rco.ckpt.locate import fetch_model
 from moe_rco.ckpt.reader import Checkpoint
+from moe_rco.ckpt.rewrite import RECIPE
 from moe_rco.errors import ModelError, OutputError, ScoringError
 from moe_rco.recipe import DEMO, DEMO_MODEL, Recipe
 from moe_rco.report import FILE_NAME, Comparison, Report, TaskScore
@@ -90,9 +92,16 @@ def evaluate(
         raise ScoringError(f"lm-eval gave no figures for {', '.join(settings.tasks)}; its output: {place}")
     if report is not None:
         # Read again: another evaluation may have ended meanwhile.
-        Report.load(model.directory).with_scores(scores).save(model.directory)
+        report = Report.load(model.directory).with_scores(scores)
+        page.save(model.directory, report, _recipe(model.directory))
+        report.save(model.directory)
     written = model.directory / FILE_NAME if report is not None else None
     return Outcome(directory, original.name if original else None, scores, place, written)
+
+
+def _recipe(directory: Path) -> str:
+    path = directory / RECIPE
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 from moe_rco import console
-from moe_rco.curve import Curve
 from tests.console.screens import screen, shown
 from tests.reports import report, report_data
 
@@ -83,11 +82,10 @@ def test_the_stock_layout_says_what_it_costs_and_who_reads_it() -> None:
     assert "from_pretrained" not in text
 
 
-def test_the_curve_has_a_line_for_every_budget() -> None:
+def test_a_line_for_every_result() -> None:
     target = screen()
-    console.show_curve(Curve.of(("25pct", "[x]"), (report(), report(kl=0.5))), "out/[many]", target)
+    console.show_comparison({"25pct": report(), "[x]": report(kl=0.5)}, "Written to out/[many].", target)
     text = shown(target)
-    assert re.search(r"25pct +999,000 +25.0% +1,499,000 +2.0625 +0.06250 +0.00070", text)
-    assert re.search(r"\[x\] +999,000 +25.0% +1,499,000 +2.0625 +0.50000", text)
-    assert "Loss of the original: 2.0000" in text
+    assert re.search(r"25pct +999,000 +25.0% +1,499,000 +2.0000 +2.0625 +0.06250 +0.00070", text)
+    assert re.search(r"\[x\] +999,000 +25.0% +1,499,000 +2.0000 +2.0625 +0.50000", text)
     assert "out/[many]" in text

@@ -1,0 +1,159 @@
+"""What a page shows, as plain values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from moe_rco.chart import Interval, Mark, Panel
+from moe_rco.curve import Curve
+from moe_rco.report import Candidate, Report, TaskScore
+
+Row = tuple[str, tuple[Interval, ...]]
+
+
+@dataclass(frozen=True)
+class Headline:
+    """Losses are over the tokens of all domains, in nats."""
+
+    share: float
+    loss_before: float
+    loss_after: float
+
+    @property
+    def perplexities(self) -> tuple[float, float]:
+        return math.exp(self.loss_before), math.exp(self.loss_after)
+
+
+def headline(report: Report) -> Headline:
+    before, after = report.losses
+    return Headline(report.bytes.experts_after / max(1, report.bytes.experts_before), before, after)
+
+
+def scores(report: Report) -> list[TaskScore]:
+    return list(report.scores)
+
+
+def _name(score: TaskScore) -> str:
+    return f"{score.task} {score.metric}"
+
+
+def score_intervals(report: Report) -> list[Row]:
+    """Of every task, the original above this model."""
+    rows: list[Row] = []
+    for score in report.scores:
+        row = []
+        if score.baseline is not None:
+            row.append(
+                _interval(f"{score.baseline.model}", score.baseline.score, score.baseline.stderr, "faint")
+            )
+        rows.append((_name(score), (*row, _interval("compressed", score.score, score.stderr))))
+    return rows
+
+
+def domain_intervals(report: Report) -> list[Row]:
+    """The KL to the original on each part of the held-out text, and on all of it."""
+    rows: list[Row] = [(part.name, (_interval("KL", part.kl, part.kl_stderr),)) for part in report.domains]
+    return [*rows, ("all", (_interval("KL", report.kl, report.kl_stderr),))]
+
+
+def _interval(name: str, value: float, error: float | None, kind: str = "dot") -> Interval:
+    told = f"{name}: {value:.4g}" + (f" ± {error:.2g}" if error is not None else "")
+    return Interval(value, error or 0.0, told, kind)
+
+
+def candidates(report: Report) -> list[tuple[Candidate, float]]:
+    """The best first, each with the length of its bar, 0 to 1, on a logarithmic scale."""
+    ordered = sorted(report.candidates, key=lambda candidate: candidate.kl)
+    values = [math.log(max(candidate.kl, 1e-12)) for candidate in ordered]
+    low, high = values[0] - 0.1, values[-1]
+    return [
+        (candidate, (value - low) / max(high - low, 1e-12))
+        for candidate, value in zip(ordered, values, strict=True)
+    ]
+
+
+def history(report: Report) -> list[Panel]:
+    """How the search went; only what was recorded. Races, whose loss is of other text each, are apart from steps."""
+    every = list(enumerate(report.search.history, 1))
+    steps = [(number, step) for number, step in every if step.temperature is not None]
+    shown = (
+        ("loss of a step's samples (nats per token)", [(number, step.kl) for number, step in steps]),
+        ("error of the budget, |C - B| / B", [(number, step.budget_error) for number, step in steps]),
+        ("temperature", [(number, step.temperature) for number, step in steps]),
+        ("entropy of an expert's options (nats)", [(number, step.entropy) for number, step in steps]),
+        (
+            "loss of the best in its races so far (nats per token)" if steps else "loss (nats per token)",
+            [(number, step.kl) for number, step in every if step.temperature is None],
+        ),
+    )
+    return [
+        Panel(
+            title,
+            [Mark(number, value) for number, value in values if value is not None],
+            of_bytes=False,
+            dots=False,
+        )
+        for title, values in shown
+        if len(values) > 1
+    ]
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Calibration tokens by expert; `bars` are (from, to, how many experts, share of the highest bar)."""
+
+    least: int
+    middle: float
+    most: int
+    unseen: int
+    bars: list[tuple[int, int, int, float]]
+
+
+def coverage(report: Report) -> Coverage | None:
+    """None where the report does not tell."""
+    tokens = sorted(count for layer in report.layers for count in layer.tokens)
+    if not tokens:
+        return None
+    width = max(1, math.ceil((tokens[-1] + 1) / 12))
+    counts = [
+        sum(start <= count < start + width for count in tokens) for start in range(0, tokens[-1] + 1, width)
+    ]
+    bars = [
+        (index * width, (index + 1) * width - 1, count, count / max(counts))
+        for index, count in enumerate(counts)
+    ]
+    return Coverage(tokens[0], median(tokens), tokens[-1], sum(not count for count in tokens), bars)
+
+
+def told(tokens: Mapping[int, Sequence[int]], layer: int, expert: int, option: str) -> str:
+    """What is shown of an expert where it is pointed at."""
+    seen = tokens[layer]
+    if not seen:
+        return f"layer {layer}, expert {expert}: {option}"
+    share = seen[expert] * len(seen) / max(1, sum(seen))
+    return (
+        f"layer {layer}, expert {expert}: {option}; {seen[expert]:,} tokens, {share:.2f} of its layer's mean"
+    )
+
+
+def scores_beside(reports: Mapping[str, Report]) -> list[tuple[str, list[TaskScore | None]]]:
+    """A row for every score that any of the reports has."""
+    by_key = {
+        name: {(s.backend, s.task, s.metric, s.filter, s.num_fewshot, s.limit): s for s in report.scores}
+        for name, report in reports.items()
+    }
+    keys = dict.fromkeys(key for found in by_key.values() for key in found)
+    return [
+        (
+            f"{key[1]} {key[2]}" + (f" ({key[5]} items)" if key[5] else ""),
+            [found.get(key) for found in by_key.values()],
+        )
+        for key in keys
+    ]
+
+
+def curve_of(reports: Mapping[str, Report]) -> Curve:
+    return Curve.of(tuple(reports), tuple(reports.values()))
