@@ -229,6 +229,13 @@ def test_shard_has_a_tensor_not_in_the_index(model: Path) -> None:
     assert "holds tensor stray, which" in error_of(model)
 
 
+def test_a_tensor_in_two_shards(model: Path) -> None:
+    other = "model.embed_tokens.weight"
+    assert shard_of(model, other) != shard_of(model, EXPERT)
+    edit_shard(shard_of(model, other), lambda tensors: tensors.update({EXPERT: torch.zeros(1)}))
+    assert f"holds tensor {EXPERT}, which" in error_of(model)
+
+
 def drop(model: Path, name: str) -> None:
     edit_shard(shard_of(model, name), lambda tensors: tensors.pop(name))
     edit_json(model / "model.safetensors.index.json", lambda index: index["weight_map"].pop(name))

@@ -108,7 +108,12 @@ def test_other_sources_are_cast_to_bf16(tmp_path: Path, dtype: torch.dtype) -> N
     for row in rows:
         for weight in job.assignment.table.groups[row].weights:
             assert torch.equal(out[weight.name], job.checkpoint.read(weight.name).bfloat16())
-    assert out["lm_head.weight"].dtype == dtype
+    experts = {weight.name for group in job.assignment.table.groups for weight in group.weights}
+    others = job.checkpoint.tensors.keys() - experts
+    assert any(name.endswith("mlp.gate.weight") for name in others)
+    for name in others:
+        assert out[name].dtype == dtype
+        assert torch.equal(out[name], job.checkpoint.read(name))
 
 
 def test_weights_survive(job: Job, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,20 @@ def test_views_are_written_as_they_look(tmp_path: Path) -> None:
     value = torch.randn(4, 6)
     (path,) = ShardWriter(tmp_path, 10**9).write([from_tensor("x", value.t()[1:3])])
     assert torch.equal(load_file(path)["x"], value.t()[1:3])
+
+
+def test_text_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "state.json"
+    writer.replace_text(path, "old")
+
+    def fails(source: Path, target: Path) -> None:
+        assert (source.read_text(), target.read_text()) == ("new", "old")
+        raise OSError("the machine stops here")
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(OSError, match="stops here"):
+        writer.replace_text(path, "new")
+    assert path.read_text() == "old"
 
 
 def test_a_wrong_size_is_an_error(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from moe_rco.errors import BudgetError, UserError
-from moe_rco.optim import EqualLayers, minimize, solve_mckp
+from moe_rco.optim import EqualLayers, Knapsack, MCKPSolution, minimize, solve_mckp
 from tests.optim.problems import examples, large_knapsack
 
 
@@ -87,6 +87,22 @@ def test_the_count_that_promises_most_is_not_always_the_best() -> None:
     costs = np.array([[0, 2, 10]] * 2)
     found = EqualLayers(costs, 19, floor=0, layer=np.array([0, 0])).solve(values)
     assert (found.choice.tolist(), found.value, found.cost) == ([2, 0], 10, 10)
+
+
+def test_without_proof_the_bound_is_of_all_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same problem, solved for two counts, the first of which might still hold more than the second."""
+    solve, bounds = Knapsack.solve, list[float]()
+
+    def unproved(self: Knapsack, values: object, **arguments: object) -> MCKPSolution:
+        bounds.append(100.0 / (1 + len(bounds)))
+        return replace(solve(self, values), bound=bounds[-1], status="feasible")
+
+    monkeypatch.setattr(Knapsack, "solve", unproved)
+    values = np.array([[0.0, 1, 10], [0.0, 1, 9]])
+    costs = np.array([[0, 2, 10]] * 2)
+    found = EqualLayers(costs, 19, floor=0, layer=np.array([0, 0])).solve(values)
+    assert len(bounds) > 1
+    assert (found.value, found.status, found.bound) == (10, "feasible", 100)
 
 
 @examples(100)

@@ -7,6 +7,7 @@ import pytest
 
 from moe_rco.errors import UserError
 from moe_rco.optim import EqualLayers, Knapsack, SolveResult, StepRecord, refine
+from moe_rco.optim.races import FIRST_HEAT
 
 ROWS = 128
 
@@ -113,6 +114,31 @@ def test_an_equal_assignment_does_not_replace_the_start() -> None:
         lambda choice, rows: np.ones(len(rows)), ROWS, problem.feasible, problem.start, problem.estimate,
         problem.estimate, passes=2000,
     )  # fmt: skip
+    assert np.array_equal(result.choice, problem.start)
+
+
+def test_one_that_is_worse_does_not_win_by_luck() -> None:
+    """It is worse by a third of what the comparison is uncertain by, also where it seems better at first."""
+    feasible = Knapsack(np.array([[0, 1]]), 1)
+    start, other = np.array([0]), np.array([1])
+    noise = np.random.default_rng(0).standard_normal(40)
+    noise = (noise - noise.mean()) / noise.std() + 0.05
+    whole = 0
+    for seed in range(40):
+        result = refine(
+            lambda choice, rows: noise[rows] * choice[0], 40, feasible, start, np.zeros((1, 2)), np.ones((1, 2)),
+            passes=1, challengers=[other], seed=seed,
+        )  # fmt: skip
+        whole += result.evaluations == 80
+        assert np.array_equal(result.choice, start)
+    assert whole > 3
+
+
+def test_one_that_is_far_worse_costs_one_heat() -> None:
+    problem = Problem(4)
+    worst = problem.feasible.solve(problem.effects).choice
+    result = problem.refined(1, challengers=[worst])
+    assert result.evaluations == 2 * FIRST_HEAT
     assert np.array_equal(result.choice, problem.start)
 
 

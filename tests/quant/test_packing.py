@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from moe_rco.errors import RecipeError
 from moe_rco.quant.grid import code_range
-from moe_rco.quant.packing import cost_table, dequantize, layout, nbytes, pack, unpack
+from moe_rco.quant.packing import PACKED, cost_table, dequantize, layout, nbytes, pack, unpack
 from moe_rco.quant.rtn import quantize_rtn
 from moe_rco.types import BF16, PRUNE, Group, Option, Weight
 from tests.quant.strategies import options_and_shapes, seeds
@@ -85,6 +85,16 @@ def test_compressed_tensors_reads_what_we_write(case, seed, dtype):
         dict(packed, weight_scale=packed["weight_scale"].to(dtype)), scheme
     )["weight"]
     assert torch.equal(dequantize(packed, option, dtype), theirs)
+
+
+@pytest.mark.parametrize("name", ["int3", "int3-g64"])
+def test_what_no_code_uses_of_a_word_does_not_matter(name):
+    """Ten codes of 3 bits leave two bits, which other writers may fill."""
+    option = Option.parse(name)
+    codes, scale, zero = random_tensors(option, (4, 128), (), 0)
+    packed = pack(codes, scale, zero, option)
+    packed[PACKED] = packed[PACKED] | -(1 << 30)
+    assert torch.equal(unpack(packed, option).codes, codes)
 
 
 def test_codes_are_stored_with_an_offset_lowest_bits_first():
