@@ -35,7 +35,7 @@ class Mark:
 class Panel:
     """`marks` are joined by a line; `faint` ones are not, and the axis makes no room for those far above; `base` is a level.
 
-    `x` are bytes, or else plain numbers. Without `dots` there is the line alone.
+    `x` are bytes, or else plain numbers. Without `dots` there is the line alone, without `joined` there are the dots alone.
     """
 
     title: str
@@ -44,6 +44,7 @@ class Panel:
     base: float | None = None
     of_bytes: bool = True
     dots: bool = True
+    joined: bool = True
 
 
 def draw(title: str, *panels: Panel, notes: Sequence[str] = ()) -> str:
@@ -130,13 +131,15 @@ def option_map(
     keys = {key.name: key for key in legend(list(layers.values()))}
     most = max(map(len, layers.values()))
     left, width, height = 34, 34 + cell * most, cell * len(layers) + 20
+    every = 1 if len(layers) <= 24 else 4  # layers and experts that are numbered
     lines = [
-        f'<svg class="map" viewBox="0 0 {width} {height}" style="min-width:{min(width, 900)}px" role="img" '
-        'aria-label="the option of every expert">'
+        f'<svg class="map" viewBox="0 0 {width} {height}" role="img" aria-label="the option of every expert" '
+        f'style="min-width:{min(width, 900)}px;max-width:{2 * width}px">'
     ]
     for row, (layer, options) in enumerate(layers.items()):
         y = cell * row
-        lines.append(_text(left - 6, y + cell - 3, str(layer), "end"))
+        if row % every == 0:
+            lines.append(_text(left - 6, y + cell - 3, str(layer), "end"))
         for expert, name in enumerate(options):
             key = keys[name]
             kind = "pruned" if key.shade is None else f"s{step_of(key.shade)}"
@@ -196,8 +199,9 @@ def _panel(panel: Panel) -> list[str]:
         lines.append(_line("axis", left, y(panel.base), right, y(panel.base), ' stroke-dasharray="5 4"'))
     lines += [_circle("faint", x(mark.x), y(mark.value), 2.5) for mark in faint]
     ordered = sorted(panel.marks, key=lambda mark: mark.x)
-    path = " ".join(f"{x(mark.x):.1f},{y(mark.value):.1f}" for mark in ordered)
-    lines.append(f'<polyline points="{path}" class="line"/>')
+    if panel.joined:
+        path = " ".join(f"{x(mark.x):.1f},{y(mark.value):.1f}" for mark in ordered)
+        lines.append(f'<polyline points="{path}" class="line"/>')
     for mark in ordered if panel.dots else ():
         if mark.error:
             ends = y(mark.value - mark.error), y(mark.value + mark.error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from moe_rco.chart import Interval, Mark, Panel
@@ -155,5 +155,8 @@ def scores_beside(reports: Mapping[str, Report]) -> list[tuple[str, list[TaskSco
     ]
 
 
-def curve_of(reports: Mapping[str, Report]) -> Curve:
-    return Curve.of(tuple(reports), tuple(reports.values()))
+def beside(reports: Mapping[str, Report]) -> list[Panel]:
+    """Results of any runs over their bytes; the loss only where all were made from one model."""
+    panels = Curve.of(tuple(reports), tuple(reports.values())).panels()
+    alike = len({report.model_digest for report in reports.values()}) == 1
+    return [replace(panel, joined=False) for panel in panels[: 2 if alike else 1]]

@@ -69,7 +69,7 @@ def compared(reports: Mapping[str, Report], curve: Curve | None = None) -> str:
             data=_embedded({name: json.loads(report.to_json()) for name, report in reports.items()}),
             maps=[(name, _options(report)) for name, report in reports.items()],
             scores=figures.scores_beside(reports),
-            curve=[Markup(figure(panel)) for panel in (curve or figures.curve_of(reports)).panels()],
+            curve=[Markup(figure(panel)) for panel in (curve.panels() if curve else figures.beside(reports))],
             one_run=curve is not None,
         )
     )

@@ -156,6 +156,14 @@ def test_several_beside_each_other(full: Report) -> None:
     assert embedded(text) == {"first": json.loads(full.to_json()), "second": json.loads(other.to_json())}
 
 
+def test_losses_of_different_models_are_not_drawn_together() -> None:
+    assert compared({"a": report(), "b": report()}).count('class="axis"') > 0
+    one, other = (compared({"a": report(), "b": report(model_digest=digest * 64)}) for digest in "ac")
+    assert "Loss, held-out text" in one
+    assert "Loss, held-out text" not in other
+    assert "polyline" not in one
+
+
 def test_one_run_with_its_curve() -> None:
     reports = {"25pct": report(), "12pct": report(kl=0.5)}
     text = compared(reports, Curve.of(tuple(reports), tuple(reports.values())))
