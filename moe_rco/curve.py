@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
@@ -13,6 +14,7 @@ from moe_rco.chart import Mark, Panel, draw
 from moe_rco.ckpt.destination import CURVE, CURVE_PICTURE
 from moe_rco.ckpt.writer import replace_text
 from moe_rco.errors import OutputError, PlanError
+from moe_rco.files import check_regular, first_complaint
 from moe_rco.report import Candidate, Report
 
 
@@ -87,12 +89,17 @@ class Curve(_Part):
     def load(cls, directory: Path) -> Self:
         """Read the curve in a directory. Raises PlanError."""
         path = directory / CURVE
+        check_regular(path, PlanError)
         try:
-            return cls.model_validate_json(path.read_bytes())
+            curve = cls.model_validate_json(path.read_bytes())
         except OSError as error:
             raise PlanError(f"{path}: cannot be read: {error.strerror}") from error
         except ValidationError as error:
-            raise PlanError(f"{path}: not a curve of this version: {str(error).splitlines()[0]}") from error
+            raise PlanError(f"{path}: not a curve of this version: {first_complaint(error)}") from error
+        for point in curve.points:
+            if not re.fullmatch(r"[\w%][\w.%-]*", point.directory):
+                raise PlanError(f"{path}: {point.directory!r} is not the name of a directory beside it")
+        return curve
 
     def panels(self) -> tuple[Panel, Panel]:
         """The KL and the loss on held-out text against the experts' bytes."""

@@ -60,6 +60,14 @@ def test_saved_and_read_again(curve: Curve, tmp_path: Path) -> None:
         Curve.load(tmp_path / "nothing")
 
 
+@pytest.mark.parametrize("name", ["", ".", "..", "/etc", "a/b", "..\\b", "a\0", "x\n"])
+def test_a_directory_that_is_not_beside_it(curve: Curve, tmp_path: Path, name: str) -> None:
+    point = curve.points[0].model_copy(update={"directory": name})
+    curve.model_copy(update={"points": (point,)}).save(tmp_path)
+    with pytest.raises(PlanError, match="is not the name of a directory beside it"):
+        Curve.load(tmp_path)
+
+
 def test_the_picture(curve: Curve) -> None:
     """Points are where their values put them between the axis's ticks, in both panels."""
     root = ElementTree.fromstring(curve.picture())

@@ -52,7 +52,7 @@ class Runner:
     """The dense part of a causal MoE model: everything except the routed experts.
 
     Weights are read from the checkpoint on construction, in `dtype`, to `device`; with `streaming` they are read when they
-    are needed, a layer or two at a time. Raises ModelError when one is missing.
+    are needed, a layer or two at a time. Raises ModelError when one is missing or of another shape.
     """
 
     def __init__(
@@ -78,7 +78,8 @@ class Runner:
         model.requires_grad_(False).eval()
         self._checkpoint, self._mover = checkpoint, Mover(device)
         self._sources = {
-            name: self._source(name) for name, _ in model.named_parameters(remove_duplicate=False)
+            name: self._source(name, tuple(parameter.shape))
+            for name, parameter in model.named_parameters(remove_duplicate=False)
         }
         self._decoder, self._norm = model.model, model.model.norm
         self._decoder.rotary_emb = type(self._decoder.rotary_emb)(self.config).to(device)
@@ -93,13 +94,19 @@ class Runner:
         for index, layer in enumerate(self._decoder.layers[: self.num_layers]):
             layer.load_state_dict(self._layer_weights(index), strict=True, assign=True)
 
-    def _source(self, name: str) -> str:
-        """The tensor on disk a parameter is read from."""
+    def _source(self, name: str, shape: tuple[int, ...]) -> str:
+        """The tensor on disk a parameter of a shape is read from."""
         source = self.adapter.disk_name(name)
-        if source in self._checkpoint.tensors:
+        tensor = self._checkpoint.tensors.get(source)
+        if tensor is not None:
+            if tensor.shape != shape:
+                raise ModelError(
+                    f"{self._checkpoint.directory}: tensor '{source}' has shape {list(tensor.shape)}, by config.json it "
+                    f"should have {list(shape)}; download or copy the model again"
+                )
             return source
         if name == HEAD and self.config.tie_word_embeddings:
-            return self._source(EMBEDDING)
+            return self._source(EMBEDDING, shape)
         raise ModelError(f"{self._checkpoint.directory}: tensor '{source}' is missing")
 
     def _read(self, name: str) -> torch.Tensor:

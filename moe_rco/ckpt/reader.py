@@ -43,7 +43,10 @@ class Checkpoint:
         if not self.directory.is_dir():
             raise ModelError(f"no model directory {self.directory}; name a directory with a {CONFIG}")
         self.config: dict[str, Any] = self._json(CONFIG)
-        if self.config.get("quantization_config") is not None and not allow_quantized:
+        entry = self.config.get("quantization_config")
+        if entry is not None and not isinstance(entry, dict):
+            raise ModelError(f"{self.directory / CONFIG}: quantization_config is not a JSON object; {AGAIN}")
+        if entry is not None and not allow_quantized:
             raise ModelError(
                 f"{self.directory} is already quantised (its {CONFIG} has a quantization_config); "
                 "name the original model"

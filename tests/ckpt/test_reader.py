@@ -295,3 +295,10 @@ def test_non_finite_experts_are_named(model: Path, value: float) -> None:
     checkpoint = Checkpoint(model)
     with pytest.raises(ModelError, match=EXPERT.replace(".", r"\.")):
         checkpoint.check_finite(get_adapter(checkpoint.config).groups(checkpoint.config))
+
+
+@pytest.mark.parametrize("entry", [0.5, "x", [1]])
+def test_a_quantization_config_that_is_none(model: Path, entry: object) -> None:
+    edit_json(model / "config.json", lambda config: config.update(quantization_config=entry))
+    with pytest.raises(ModelError, match="quantization_config is not a JSON object"):
+        Checkpoint(model, allow_quantized=True)

@@ -59,9 +59,10 @@ def watch(allowed: Sequence[Path], inputs: Path, log: Path) -> None:
         parent, last = os.path.split(os.path.abspath(name))
         # What is opened is where a link leads; what is removed or renamed is the link.
         real = os.path.realpath(name) if event == "open" else os.path.join(os.path.realpath(parent), last)
-        if real != os.devnull and not any(
+        inside = real == os.devnull or any(
             real == place or real.startswith(place + os.sep) for place in places
-        ):
+        )
+        if not inside and not _is_of_numba():
             note(f"{event} {real}")
 
     sys.addaudithook(check)
@@ -77,6 +78,7 @@ def _noting(log: Path) -> Callable[[str], None]:
 
 
 def _is_of_numba() -> bool:
+    """What it compiles it keeps beside the package, pickled."""
     frame = sys._getframe(2)
     while frame is not None:
         if str(frame.f_globals.get("__name__")).startswith("numba.core."):
