@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 
 from moe_rco.heatmap import STEPS, legend, step_of
@@ -87,7 +87,10 @@ class Interval:
 def intervals(rows: Sequence[tuple[str, Sequence[Interval]]], zero: bool = True) -> str:
     """Values beside each other, a line for each row, as part of a page; bars are two standard errors to either side."""
     height, left, right = 26, 150, 20
-    values = [v for _, row in rows for i in row for v in (i.value - 2 * i.error, i.value + 2 * i.error)]
+    rows = [(name, [interval for interval in row if math.isfinite(interval.value)]) for name, row in rows]
+    values = [v for _, row in rows for i in row for v in (i.value - 2 * i.error, i.value + 2 * i.error)] or [
+        0.0
+    ]
     ticks = _ticks(min([0.0, *values] if zero else values), max(values), 1.0)
 
     def x(value: float) -> float:
@@ -160,6 +163,9 @@ def option_map(
 
 
 def _panel(panel: Panel) -> list[str]:
+    panel = replace(panel, marks=[mark for mark in panel.marks if math.isfinite(mark.value)])
+    if not panel.marks:
+        return [_text(_LEFT, -12, f"{panel.title}: no finite values")]
     places = [mark.x for mark in panel.marks]
     tops = [mark.value + mark.error for mark in panel.marks]
     bottoms = [mark.value - mark.error for mark in panel.marks]

@@ -35,7 +35,7 @@ class CurvePoint(_Part):
     expert_bytes: int
     total_bytes: int
     kl: float
-    kl_stderr: float
+    kl_stderr: float | None
     loss: float
     winner: str
     candidates: tuple[Candidate, ...]
@@ -103,7 +103,10 @@ class Curve(_Part):
 
     def panels(self) -> tuple[Panel, Panel]:
         """The KL and the loss on held-out text against the experts' bytes."""
-        kl = [Mark(point.expert_bytes, point.kl, point.kl_stderr, point.directory) for point in self.points]
+        kl = [
+            Mark(point.expert_bytes, point.kl, point.kl_stderr or 0.0, point.directory)
+            for point in self.points
+        ]
         tried = [
             Mark(candidate.cost, candidate.kl)
             for point in self.points

@@ -136,7 +136,7 @@ class Result(_Part):
     expert_bytes: int
     total_bytes: int
     kl: float
-    kl_stderr: float
+    kl_stderr: float | None
 
 
 class Status(_Part):

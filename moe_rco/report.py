@@ -230,7 +230,7 @@ class Report(_Part):
     stock: StockPart | None = None
     domains: tuple[Score, ...]
     kl: float
-    kl_stderr: float
+    kl_stderr: float | None
     quantizer: QuantizerPart
     reload: Reload
     search: SearchPart

@@ -30,7 +30,7 @@ class Model(Protocol):
 class Score:
     """Means over tokens, in nats: next-token loss before and after, KL(before || after) and its standard error.
 
-    The standard error is over sequences, whose tokens are not independent.
+    The standard error is over sequences, whose tokens are not independent; None where there is one sequence only.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Score:
     loss_before: float
     loss_after: float
     kl: float
-    kl_stderr: float
+    kl_stderr: float | None
 
 
 @dataclass(frozen=True)
@@ -85,5 +85,5 @@ def _sums(before: torch.Tensor, after: torch.Tensor, following: torch.Tensor) ->
 
 def _score(name: str, rows: np.ndarray, length: int) -> Score:
     before, after, kl = (float(mean) for mean in rows.mean(0))
-    spread = float(rows[:, 2].std(ddof=1)) / math.sqrt(len(rows)) if len(rows) > 1 else math.nan
+    spread = float(rows[:, 2].std(ddof=1)) / math.sqrt(len(rows)) if len(rows) > 1 else None
     return Score(name, len(rows) * length, before, after, kl, spread)

@@ -38,3 +38,8 @@ def bytes_(size: int) -> str:
 
 def share(size: int, whole: int) -> str:
     return f"{size / whole:.1%}" if whole else "-"
+
+
+def uncertainty(stderr: float | None) -> str:
+    """A standard error of a loss in nats, if it is known."""
+    return "-" if stderr is None else f"{stderr:.5f}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from moe_rco.console.parts import bytes_, stdout, table_of
+from moe_rco.console.parts import bytes_, stdout, table_of, uncertainty
 from moe_rco.progress import Status
 
 
@@ -32,5 +32,5 @@ def show_status(status: Status, console: Console | None = None) -> None:
         table.add_row("budget", f"{bytes_(r.budget_bytes)} ({r.budget})")
         table.add_row("routed experts", bytes_(r.expert_bytes))
         table.add_row("whole model", bytes_(r.total_bytes))
-        table.add_row("KL, held-out text", f"{r.kl:.5f} ± {r.kl_stderr:.5f} nats per token")
+        table.add_row("KL, held-out text", f"{r.kl:.5f} ± {uncertainty(r.kl_stderr)} nats per token")
         console.print(table)

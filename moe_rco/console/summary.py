@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_rco.console.map import show_map
-from moe_rco.console.parts import share, show, stdout, table_of
+from moe_rco.console.parts import share, show, stdout, table_of, uncertainty
 from moe_rco.page import FILE_NAME as PAGE
 from moe_rco.quant.hessian import TOKENS_PER_INPUT
 from moe_rco.report import Report, StockPart
@@ -91,9 +91,11 @@ def _domains(report: Report) -> Table:
     table = table_of("domain", "tokens>", "loss before>", "loss after>", "KL>", "±>")
     for part in report.domains:
         losses = (f"{part.loss_before:.4f}", f"{part.loss_after:.4f}")
-        table.add_row(part.name, f"{part.tokens:,}", *losses, f"{part.kl:.5f}", f"{part.kl_stderr:.5f}")
+        table.add_row(part.name, f"{part.tokens:,}", *losses, f"{part.kl:.5f}", uncertainty(part.kl_stderr))
     tokens = sum(part.tokens for part in report.domains)
-    table.add_row("all", f"{tokens:,}", "", "", f"{report.kl:.5f}", f"{report.kl_stderr:.5f}", style="bold")
+    table.add_row(
+        "all", f"{tokens:,}", "", "", f"{report.kl:.5f}", uncertainty(report.kl_stderr), style="bold"
+    )
     return table
 
 
@@ -163,7 +165,7 @@ def show_comparison(reports: Mapping[str, Report], written: str, console: Consol
             f"{sizes.total:,}",
             *(f"{loss:.4f}" for loss in report.losses),
             f"{report.kl:.5f}",
-            f"{report.kl_stderr:.5f}",
+            uncertainty(report.kl_stderr),
         )
     show(console, "Bytes, and held-out text (nats per token; KL to the original)", table)
     console.print(written, soft_wrap=True)

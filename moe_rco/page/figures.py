@@ -24,7 +24,7 @@ class Headline:
 
     @property
     def perplexities(self) -> tuple[float, float]:
-        return math.exp(self.loss_before), math.exp(self.loss_after)
+        return math.exp(min(self.loss_before, 700)), math.exp(min(self.loss_after, 700))
 
 
 def headline(report: Report) -> Headline:
@@ -59,6 +59,10 @@ def domain_intervals(report: Report) -> list[Row]:
     return [*rows, ("all", (_interval("KL", report.kl, report.kl_stderr),))]
 
 
+def error(stderr: float | None) -> str:
+    return "unknown" if stderr is None else f"{stderr:.5f}"
+
+
 def _interval(name: str, value: float, error: float | None, kind: str = "dot") -> Interval:
     told = f"{name}: {value:.4g}" + (f" ± {error:.2g}" if error is not None else "")
     return Interval(value, error or 0.0, told, kind)
@@ -67,7 +71,7 @@ def _interval(name: str, value: float, error: float | None, kind: str = "dot") -
 def candidates(report: Report) -> list[tuple[Candidate, float]]:
     """The best first, each with the length of its bar, 0 to 1, on a logarithmic scale."""
     ordered = sorted(report.candidates, key=lambda candidate: candidate.kl)
-    values = [math.log(max(candidate.kl, 1e-12)) for candidate in ordered]
+    values = [math.log(min(max(candidate.kl, 1e-12), 1e12)) for candidate in ordered]
     low, high = values[0] - 0.1, values[-1]
     return [
         (candidate, (value - low) / max(high - low, 1e-12))

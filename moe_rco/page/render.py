@@ -30,7 +30,12 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"size": format_size, "duration": format_duration, "count": "{:,}".format}
+    environment.filters |= {
+        "size": format_size,
+        "duration": format_duration,
+        "count": "{:,}".format,
+        "error": figures.error,
+    }
     environment.globals |= {
         "steps": [(color, ink(step)) for step, color in enumerate(VIRIDIS)],
         "tokens_per_input": TOKENS_PER_INPUT,

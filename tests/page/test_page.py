@@ -180,3 +180,16 @@ def test_old_and_sparse_reports_have_a_page() -> None:
     text = page(Report.model_validate(data))
     assert "None yet" in text
     assert not Elements(text).open
+
+
+def test_what_is_not_known_or_not_finite_is_said(full: Report) -> None:
+    data = json.loads(full.to_json())
+    for part in data["domains"]:
+        part["kl_stderr"] = None
+    data |= {"kl": float("inf"), "kl_stderr": None}
+    data["candidates"].append({"name": "broken", "kl": float("inf"), "cost": 1})
+    broken = Report.model_validate(data)
+    text = page(broken)
+    assert "± unknown nats" in text
+    assert not Elements(compared({"a": broken, "b": full})).open
+    assert not re.search(r'="(nan|inf)', text)
