@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from moe_rco import page
+from moe_rco._version import __version__
 from moe_rco.adapters import get_adapter
 from moe_rco.calib.streaming import Streaming
 from moe_rco.ckpt.destination import CURVE
@@ -209,6 +211,8 @@ class _Output:
             for expert, name in enumerate(layer.options)
         }
         wrong = [] if report.digest == report.own_digest else [f"{REPORT} was changed"]
+        if not self._is_page_of(report):
+            wrong.append(f"{page.FILE_NAME} is not the page of {REPORT}")
         if options != {key: option.name for key, option in by_expert(plan.layers).items()}:
             wrong.append(f"{REPORT} and {PLAN} give experts different options")
         for what, said, found in (
@@ -219,6 +223,14 @@ class _Output:
             if said != found:
                 wrong.append(f"{what}: {REPORT} says {said:,}, found are {found:,}")
         return f"{total:,} bytes in all, KL {report.kl:.5f}", wrong
+
+    def _is_page_of(self, report: Report) -> bool:
+        """Whether the page shows the report; one by another version may look otherwise."""
+        path = self.directory / page.FILE_NAME
+        if report.version != __version__:
+            return True
+        recipe = (self.directory / RECIPE).read_bytes().decode("utf-8", errors="replace")
+        return path.is_file() and path.read_bytes() == page.page(report, recipe).encode()
 
     def _forward(self) -> tuple[str, list[str]]:
         """Some tokens have the loss they had when the model was written."""

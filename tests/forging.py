@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from moe_rco import page
 from moe_rco.ckpt.writer import sha256_of
 from moe_rco.report import Report
 
@@ -18,8 +19,10 @@ def change_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def change_report(output: Path, **changes: object) -> None:
-    """With its own digest made anew."""
-    Report.load(output).model_copy(update=changes).save(output)
+    """With its own digest, and its page, made anew."""
+    report = Report.load(output).model_copy(update=changes)
+    report.save(output)
+    page.save(output, report, (output / "recipe.yaml").read_text())
 
 
 def sign(output: Path, name: str) -> None:

@@ -44,7 +44,8 @@ def _environment() -> Environment:
 
 
 def page(report: Report, recipe: str = "") -> str:
-    """The page of one report; `recipe` is the recipe's text, which is shown."""
+    """The page of one report; `recipe` is the recipe's text, which is shown. The same report gives the same text."""
+    report = Report.model_validate_json(report.to_json())  # in the file's order, with the file's digest
     return (
         _environment()
         .get_template("report.html.j2")
