@@ -23,6 +23,8 @@ from moe_rco.recipe import DEMO, DEMO_CALIBRATION, DEMO_HELDOUT, Calibration, Da
 
 PIECE = 1 << 18
 """Characters that are made into tokens at a time: tokenizers take hundreds of bytes for each."""
+MOST_TOKENS = 1 << 24
+"""More than any vocabulary has."""
 SPAN = 32
 """Tokens that different texts hardly ever have in common in a row."""
 
@@ -153,6 +155,7 @@ def _hub(name: str) -> Iterator[Any]:
 
 def load_tokenizer(directory: Path) -> Any:
     """The tokenizer of a model directory. Raises ModelError."""
+    _check_numbers(directory / "tokenizer.json")
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
@@ -164,6 +167,18 @@ def load_tokenizer(directory: Path) -> Any:
     if not tokenizer("Any text has tokens.")["input_ids"]:  # made up by transformers where there are no files
         raise ModelError(f"{directory}: no tokenizer; copy the model's tokenizer files there")
     return tokenizer
+
+
+def _check_numbers(path: Path) -> None:
+    """The library that reads the file takes memory for every number up to the largest, and ends the process without it."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        numbers = [*found["model"]["vocab"].values(), *(token["id"] for token in found["added_tokens"])]
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return  # another kind of tokenizer, or one that the library refuses itself
+    largest = max((number for number in numbers if isinstance(number, int)), default=0)
+    if largest >= MOST_TOKENS:
+        raise ModelError(f"{path}: a token has the number {largest:,}; download or copy the file again")
 
 
 def check_sources(calibration: Calibration) -> None:

@@ -155,6 +155,15 @@ def test_long_texts_are_made_into_tokens_piece_by_piece(limit: int | None) -> No
         assert limit < len(ids) < len(whole) / 2
 
 
+@pytest.mark.parametrize("number", [2**31, 2**40])
+def test_a_token_with_an_absurd_number(number: int, tmp_path: Path) -> None:
+    tokenizer = json.loads((DEMO_MODEL / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["absurd"] = number
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ModelError, match=f"a token has the number {number:,}"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_text_without_any_space_is_cut_somewhere() -> None:
     tokenizer = load_tokenizer(DEMO_MODEL)
     ids = tokenize(tokenizer, "x" * (PIECE + 1000))
