@@ -301,7 +301,7 @@ MUTATIONS = (
     ),
     _m(
         "serve/vllm_method.py", "if (tuple(loaded_weight.shape), loaded_weight.dtype) != (shape, dtype):", "if False:",
-        "vLLM loads tensors of another shape than promised", "serve/test_vllm_plugin.py",
+        "vLLM loads tensors of another shape than promised", "serve/test_vllm_engine.py",
     ),
     _m(
         "serve/vllm_shard.py", "tensor[:, begin // group : end // group]", "tensor[:, : (end - begin) // group]",
@@ -313,11 +313,11 @@ MUTATIONS = (
     ),
     _m(
         "serve/vllm_method.py", '_MATRICES = {"w1": 0, "w3": 1, "w2": 2}', '_MATRICES = {"w1": 1, "w3": 0, "w2": 2}',
-        "vLLM swaps gate and up", "serve/test_vllm_plugin.py",
+        "vLLM swaps gate and up", "serve/test_vllm_engine.py",
     ),
     _m(
         "serve/vllm_method.py", "if (expert, matrix, suffix) not in self._loaded:", "if False:",
-        "vLLM serves experts that were never loaded", "serve/test_vllm_plugin.py",
+        "vLLM serves experts that were never loaded", "serve/test_vllm_engine.py",
     ),
 )  # fmt: skip
 """All of them, in the order of the package's rooms."""

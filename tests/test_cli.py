@@ -47,7 +47,17 @@ def assert_refused(result: Result, *parts: str) -> None:
 
 
 def test_the_commands() -> None:
-    assert COMMANDS == ["eval", "init", "inspect", "prune", "serve", "status", "validate", "verify"]
+    assert COMMANDS == [
+        "compare",
+        "eval",
+        "init",
+        "inspect",
+        "prune",
+        "serve",
+        "status",
+        "validate",
+        "verify",
+    ]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

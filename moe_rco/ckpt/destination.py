@@ -18,8 +18,8 @@ from moe_rco.units import format_size
 
 # File systems need some room beside the files' bytes: directories, metadata, the report.
 MARGIN_BYTES = 16 << 20
-CURVE, CURVE_PICTURE = "curve.json", "curve.svg"
-"""Beside the models in the output of several budgets."""
+CURVE, CURVE_PICTURE, PAGE = "curve.json", "curve.svg", "report.html"
+"""Beside the models in the output of several budgets; the page is in each model's directory as well."""
 
 
 def check_destination(
@@ -178,8 +178,8 @@ def _is_ours(directory: Path) -> bool:
 
 
 def _is_ours_of_several(directory: Path) -> bool:
-    """Whether it has the curve and nothing beside its picture but models that we wrote."""
-    others = [path for path in directory.iterdir() if path.name not in (CURVE, CURVE_PICTURE)]
+    """Whether it has the curve and nothing beside it, its picture and the page but models that we wrote."""
+    others = [path for path in directory.iterdir() if path.name not in (CURVE, CURVE_PICTURE, PAGE)]
     return (directory / CURVE).is_file() and all(_is_ours(path) for path in others)
 
 

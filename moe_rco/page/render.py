@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from moe_rco.chart import figure, intervals, option_map
+from moe_rco.ckpt.destination import PAGE as FILE_NAME
 from moe_rco.ckpt.writer import replace_text
 from moe_rco.curve import Curve
 from moe_rco.heatmap import VIRIDIS, bits, ink, legend, step_of
@@ -18,8 +19,6 @@ from moe_rco.page import figures
 from moe_rco.quant.hessian import TOKENS_PER_INPUT
 from moe_rco.report import Report
 from moe_rco.units import format_duration, format_size
-
-FILE_NAME = "report.html"
 
 
 def _environment() -> Environment:

@@ -87,6 +87,7 @@ def several(path: Path) -> Path:
         written(path / name, name)
     (path / "curve.json").write_text("{}")
     (path / "curve.svg").write_text("<svg/>")
+    (path / "report.html").write_text("<html>")
     return path
 
 

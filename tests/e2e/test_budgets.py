@@ -66,7 +66,7 @@ def written(recipe: Path) -> tuple[Path, str]:
 @pytest.mark.slow
 def test_every_budget_has_a_model_and_the_curve_its_figures(written: tuple[Path, str]) -> None:
     output, printed = written
-    assert {path.name for path in output.iterdir()} == {*PARTS, "curve.json", "curve.svg"}
+    assert {path.name for path in output.iterdir()} == {*PARTS, "curve.json", "curve.svg", "report.html"}
     assert not output.with_name("undisturbed.work").exists()
     curve = json.loads((output / "curve.json").read_text())
     assert [point["directory"] for point in curve["points"]] == list(PARTS)
