@@ -8,12 +8,16 @@ python -m eval.faults --kinds recipe --only 12        # one case, with what the 
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+# Inputs name data sets that are nowhere: they are to be refused without a minute of asking the Hub for them.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from eval.faults_runs import rows as disturbed
 from eval.faults_table import Row, table

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Mutation(NamedTuple):
-    """`line` occurs once in `file` (below moe_rco/) and becomes `fault`; `tests` are files below tests/."""
+    """`line` occurs once in `file` (below moe_rco/) and becomes `fault`; `tests` are files below tests/, or tests in them."""
 
     file: str
     line: str
@@ -301,7 +301,7 @@ MUTATIONS = (
     ),
     _m(
         "serve/vllm_method.py", "if (tuple(loaded_weight.shape), loaded_weight.dtype) != (shape, dtype):", "if False:",
-        "vLLM loads tensors of another shape than promised", "serve/test_vllm_engine.py",
+        "vLLM loads tensors of another shape than promised", "serve/test_vllm_engine.py::test_damage_is_refused",
     ),
     _m(
         "serve/vllm_shard.py", "tensor[:, begin // group : end // group]", "tensor[:, : (end - begin) // group]",
@@ -313,11 +313,11 @@ MUTATIONS = (
     ),
     _m(
         "serve/vllm_method.py", '_MATRICES = {"w1": 0, "w3": 1, "w2": 2}', '_MATRICES = {"w1": 1, "w3": 0, "w2": 2}',
-        "vLLM swaps gate and up", "serve/test_vllm_engine.py",
+        "vLLM swaps gate and up", "serve/test_vllm_engine.py::test_agrees_with_transformers",
     ),
     _m(
         "serve/vllm_method.py", "if (expert, matrix, suffix) not in self._loaded:", "if False:",
-        "vLLM serves experts that were never loaded", "serve/test_vllm_engine.py",
+        "vLLM serves experts that were never loaded", "serve/test_vllm_engine.py::test_damage_is_refused",
     ),
 )  # fmt: skip
 """All of them, in the order of the package's rooms."""

@@ -261,18 +261,23 @@ def _pool(
 
 
 def heldout_pool(calibration: Calibration, tokenizer: Any, kept_out: TokenPool) -> TokenPool:
-    """The text the result is measured on: what ships for it beside the demo's calibration text, else what was kept out."""
+    """The text the result is measured on: what ships for it beside the demo's calibration text, else what was kept out.
+
+    Of the demo's at most about as many sequences as there are for calibration, of every domain the same share.
+    """
     if any(source.data != DEMO for source in calibration.data):
         return kept_out
     rows: dict[str, list[np.ndarray]] = {}
     for document in _jsonl(DEMO_HELDOUT, "text"):
         rows.setdefault(document.domain, []).append(tokenize(tokenizer, document.text))
-    cut = [
-        (name, row) for name in sorted(rows) for row in cut_sequences(rows[name], calibration.sequence_length)
-    ]
-    if not cut:
+    cut = {name: cut_sequences(rows[name], calibration.sequence_length) for name in sorted(rows)}
+    share = min(1.0, calibration.sequences / max(1, sum(map(len, cut.values()))))
+    chosen = [(name, row) for name in cut for row in cut[name][: max(1, round(share * len(cut[name])))]]
+    if not chosen:
         return kept_out
-    return TokenPool(torch.from_numpy(np.stack([row for _, row in cut])), tuple(name for name, _ in cut))
+    return TokenPool(
+        torch.from_numpy(np.stack([row for _, row in chosen])), tuple(name for name, _ in chosen)
+    )
 
 
 def tokenize(tokenizer: Any, text: str, limit: int | None = None) -> np.ndarray:

@@ -206,6 +206,9 @@ def test_the_demo_is_measured_on_text_that_was_not_calibrated_on() -> None:
     assert set(train.domains) == set(kept_out.domains) == set(heldout.domains)
     used = {row.numpy().tobytes() for pool in (train, kept_out) for row in pool.ids}
     assert not used & {row.numpy().tobytes() for row in heldout.ids}
+    few = heldout_pool(settings.model_copy(update={"sequences": 40}), tokenizer, kept_out)
+    assert set(few.domains) == set(heldout.domains)
+    assert 38 <= len(few) <= 42 < len(heldout)
 
 
 def test_overlap_is_the_share_of_spans_that_stand_in_both() -> None:
