@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from moe_rco.baselines import check_method
 from moe_rco.calib.data import TokenPool, load_tokenizer, make_pools
 from moe_rco.calib.streaming import Streaming
 from moe_rco.calib.team import local_rank
+from moe_rco.capacity import model_numel, room
 from moe_rco.ckpt.locate import read_config
 from moe_rco.ckpt.reader import Checkpoint
 from moe_rco.ckpt.stock import check_routers
@@ -37,6 +40,11 @@ class Sized:
     adapter: Adapter
     table: CostTable
     budgets: tuple[Budget, ...]
+
+    @cached_property
+    def other_numel(self) -> int:
+        """Weights of the model that are not routed experts'. Raises ModelError where transformers refuses config.json."""
+        return model_numel(self.config) - self.table.numel
 
     @property
     def device(self) -> torch.device:
@@ -78,11 +86,16 @@ def size(recipe: Recipe) -> Sized:
     original = sum(group.numel for group in groups) * _SOURCE_BYTES[dtype]
     table = cost_table(groups, recipe.options, adapter.top_k(config), original)
     table = replace(table, layout=recipe.layout)
-    return Sized(recipe, config, adapter, table, _budgets(recipe, table))
+    budgets = tuple(
+        spec.resolve(table, None if spec.fit is None else room(spec.fit, config, adapter, table.numel))
+        for spec in recipe.budget
+    )
+    return Sized(recipe, config, adapter, table, _in_order(recipe, table, budgets))
 
 
-def _budgets(recipe: Recipe, table: CostTable) -> tuple[Budget, ...]:
-    budgets = sorted((spec.resolve(table) for spec in recipe.budget), key=lambda budget: -budget.bytes)
+def _in_order(recipe: Recipe, table: CostTable, found: Sequence[Budget]) -> tuple[Budget, ...]:
+    """The largest first. Raises BudgetError where two are the same, or the search's method cannot meet one."""
+    budgets = sorted(found, key=lambda budget: -budget.bytes)
     for larger, budget in pairwise(budgets):
         if larger.bytes == budget.bytes:
             raise BudgetError(

@@ -15,7 +15,7 @@ from moe_rco.calib.data import check_sources, overlap
 from moe_rco.calib.team import processes_here
 from moe_rco.ckpt.destination import check_destination
 from moe_rco.ckpt.locate import fetch_model
-from moe_rco.ckpt.rewrite import output_bytes
+from moe_rco.ckpt.rewrite import other_tensors, output_bytes
 from moe_rco.ckpt.stock import transformers_reads
 from moe_rco.errors import UserError
 from moe_rco.footprint import Footprint, Shapes, resident, streamed
@@ -105,9 +105,10 @@ def describe(sized: Sized, ready: Ready | None, times: Mapping[str, float]) -> P
             for index, option in enumerate(table.options)
         ),
         experts_before=table.original_bytes,
+        other_bytes=_others(sized, ready),
         smallest=table.range[0],
         largest=table.range[1],
-        budgets=tuple(BudgetPart(text=budget.text, bytes=budget.bytes) for budget in sized.budgets),
+        budgets=tuple(map(BudgetPart.of, sized.budgets)),
         layout=recipe.layout,
         sequences=sequences,
         tokens=sequences * recipe.calibration.sequence_length,
@@ -137,13 +138,20 @@ def _existing(path: Path) -> Path:
 def _disk(sized: Sized, ready: Ready | None) -> int:
     """Bytes written: every quantised option once, a model for every budget, and activations for which memory is too small."""
     quantized = [index for index, option in enumerate(sized.table.options) if option.is_quantized]
-    others = 0 if ready is None else output_bytes(ready.checkpoint, sized.adapter, 0)
+    others = _others(sized, ready) if ready is None else output_bytes(ready.checkpoint, sized.adapter, 0)
     outputs = sum(budget.bytes + others for budget in sized.budgets)
     streaming = footprint(sized, ready).streaming
     spilled = _shapes(sized, ready).activations if streaming is not None and streaming.spill else 0
     stored = int(sized.table.costs[:, quantized].sum())
     # Of one layer at a time, the experts that are quantised already are put together.
     return stored + stored // len(sized.table.layers) + outputs + spilled
+
+
+def _others(sized: Sized, ready: Ready | None) -> int:
+    """Bytes of all weights but the routed experts'; those of the files where they are here."""
+    if ready is not None:
+        return sum(tensor.nbytes for tensor in other_tensors(ready.checkpoint, sized.adapter))
+    return sized.other_numel * sized.table.original_bytes // sized.table.numel
 
 
 def footprint(sized: Sized, ready: Ready | None) -> Footprint:
@@ -181,12 +189,10 @@ def _shapes(sized: Sized, ready: Ready | None) -> Shapes:
         config.get("head_dim") or hidden // heads
     )
     layers, vocabulary = int(config["num_hidden_layers"]), int(config.get("vocab_size") or 0)
-    dense = layers * (attention + heads * (attention // heads)) * hidden + 2 * vocabulary * hidden
-    tokens = recipe.calibration.tokens
-    if ready is not None:
-        experts = {weight.name for group in table.groups for weight in group.weights}
-        others = (t for name, t in ready.checkpoint.tensors.items() if name not in experts)
-        dense = sum(math.prod(tensor.shape) for tensor in others)
+    if ready is None:
+        dense, tokens = sized.other_numel, recipe.calibration.tokens
+    else:
+        dense = sum(math.prod(tensor.shape) for tensor in other_tensors(ready.checkpoint, adapter))
         tokens = sum(pool.ids.numel() for pool in ready.pools)
     kept = [index for index, option in enumerate(table.options) if not option.is_prune]
     compact = int(table.costs[:, kept].sum() + table.original_bytes) // len(table.layers)

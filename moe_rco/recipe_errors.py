@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from types import UnionType
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -80,6 +81,8 @@ def _keys(schema: type[BaseModel], path: Path) -> list[str]:
     current: Any = schema
     for part in path:
         current = current.model_fields[part].annotation if isinstance(part, str) else get_args(current)[0]
+        if isinstance(current, UnionType):  # of a section that may be missing
+            current = get_args(current)[0]
     return list(current.model_fields)
 
 

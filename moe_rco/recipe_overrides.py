@@ -32,7 +32,7 @@ def apply_overrides(document: Document, overrides: Sequence[str]) -> None:
                 raise RecipeError(f"{source}: {above} has no keys of its own; set it as a whole")
         if form:
             # Another form than the file's is a change of mind; two on the command line are a contradiction.
-            for other in (*FORMS, "fit"):
+            for other in FORMS:
                 if other != path[1] and ("budget", other) in set_here:
                     raise RecipeError(
                         f"{source}: budget: two budget forms, '{other}' and '{path[1]}'; keep one of them"

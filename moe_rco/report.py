@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from moe_rco.calib.measure import Score
 from moe_rco.errors import PlanError
 from moe_rco.files import check_regular
-from moe_rco.types import Layout
+from moe_rco.types import Budget, Layout, Room
+from moe_rco.units import format_size
 
 FILE_NAME = "report.json"
 
@@ -37,10 +38,29 @@ class Software(_Part):
 
 
 class BudgetPart(_Part):
-    """`text` is how the recipe put it, `bytes` what it came to."""
+    """`text` is how the recipe put it, `bytes` what it came to; `room` tells how, where the model is to fit a GPU."""
 
     text: str
     bytes: int
+    room: Room | None = None
+
+    @classmethod
+    def of(cls, budget: Budget) -> Self:
+        return cls(text=budget.text, bytes=budget.bytes, room=budget.room)
+
+    @property
+    def rooms(self) -> str:
+        """The room's parts in a line; empty where there is none."""
+        if self.room is None:
+            return ""
+        parts = {
+            "other weights": self.room.other_weights,
+            "KV cache": self.room.kv_cache,
+            "activations (estimated)": self.room.activations,
+            "CUDA (estimated)": self.room.reserve,
+        }
+        listed = ", ".join(f"{format_size(size)} {name}" for name, size in parts.items())
+        return f"{format_size(self.room.usable)} usable, less {listed}"
 
 
 class BytesPart(_Part):
@@ -324,9 +344,10 @@ class OptionCost(_Part):
 class Preflight(_Part):
     """What `--dry-run` prints: everything known before any work. Sizes in bytes, the largest budget first.
 
-    `smallest` and `largest` bound what the options can cost; `memory` and `device_memory` estimate the run's peaks; `streamed`
-    tells that weights are read from disk as they are needed. `stages` are what a short measurement says that each stage
-    will take in seconds, for all budgets together; empty where the model is not here.
+    `other_bytes` are all weights but the routed experts'. `smallest` and `largest` bound what the options can cost; `memory` and
+    `device_memory` estimate the run's peaks; `streamed` tells that weights are read from disk as they are needed. `stages` are
+    what a short measurement says that each stage will take in seconds, for all budgets together; empty where the model is
+    not here.
     """
 
     model: str
@@ -337,6 +358,7 @@ class Preflight(_Part):
     layout: Layout = "mixed"
     options: tuple[OptionCost, ...]
     experts_before: int
+    other_bytes: int
     smallest: int
     largest: int
     budgets: tuple[BudgetPart, ...]

@@ -68,7 +68,7 @@ def build_report(
         recipe_digest=recipe.digest(),
         seed=recipe.search.seed,
         output=str(output),
-        budget=BudgetPart(text=budget.text, bytes=budget.bytes),
+        budget=BudgetPart.of(budget),
         bytes=BytesPart(
             experts_before=table.original_bytes,
             experts_after=written.expert_bytes,

@@ -15,6 +15,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from moe_rco.adapters import get_adapter
+from moe_rco.capacity import LARGE_GPU, RESERVE, activation_bytes, batched_tokens, kv_bytes
 from moe_rco.ckpt.header import DTYPE_NAMES
 from moe_rco.ckpt.manifest import check_quickly
 from moe_rco.ckpt.reader import Checkpoint
@@ -35,7 +37,8 @@ _COUNT_UNITS = {"": 1, "k": 1000, "K": 1024, "m": 10**6, "M": 1 << 20, "g": 10**
 
 @dataclass(frozen=True)
 class ServePlan:
-    """What serving a model takes of each device, in bytes. `kv_cache` is that of one sequence of `context` tokens.
+    """What serving a model takes of each device, in bytes. `kv_cache` is that of one sequence of `context` tokens, `activations`
+    about what a GPU needs for a batch and CUDA.
 
     `devices` share the weights (tensor times pipeline parallel); `environment` is what vLLM gets beside ours.
     """
@@ -47,6 +50,7 @@ class ServePlan:
     devices: int
     weights: int
     kv_cache: int
+    activations: int
     context: int
     available: int
 
@@ -73,12 +77,16 @@ def plan_serving(directory: str | Path, options: Sequence[str] = ()) -> ServePla
     weights = _resident_bytes(checkpoint, itemsize) // devices
     context = _count(asked.max_model_len) or int(config.get("max_position_embeddings") or 2048)
     kv_cache = (
-        _kv_bytes(config, asked.tensor_parallel_size, itemsize) * context // asked.pipeline_parallel_size
+        kv_bytes(config, asked.tensor_parallel_size, itemsize) * context // asked.pipeline_parallel_size
     )
     environment: dict[str, str] = {}
+    activations = 0
     if on_gpu:
         total = torch.cuda.get_device_properties(0).total_memory
         available = int(total * (asked.gpu_memory_utilization or GPU_SHARE))
+        sequences = asked.max_num_seqs or (1024 if total >= LARGE_GPU else 256)
+        batch = asked.max_num_batched_tokens or batched_tokens(total)
+        activations = RESERVE + activation_bytes(config, get_adapter(config), batch, sequences)
     else:
         available = psutil.virtual_memory().available // devices
         if (
@@ -98,14 +106,17 @@ def plan_serving(directory: str | Path, options: Sequence[str] = ()) -> ServePla
         devices,
         weights,
         kv_cache,
+        activations,
         context,
         available,
     )
-    if weights + kv_cache > available:
+    if weights + kv_cache + activations > available:
+        batch = f", about {format_size(activations)} for a batch and CUDA" if activations else ""
         raise UserError(
             f"{directory} does not fit: {format_size(weights)} of weights and {format_size(kv_cache)} of KV cache for one "
-            f"sequence of {context:,} tokens, of {format_size(available)} usable on each {plan.device}; use a smaller "
-            "budget, a shorter --max-model-len or a larger --tensor-parallel-size"
+            f"sequence of {context:,} tokens{batch}, of {format_size(available)} usable on each {plan.device}; use a smaller "
+            f"budget, a shorter --max-model-len{', a lower --max-num-seqs' if on_gpu else ''} or a larger "
+            "--tensor-parallel-size"
         )
     return plan
 
@@ -127,6 +138,8 @@ def _asked(options: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max-model-len", "--max_model_len")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--gpu-memory-utilization", "--gpu_memory_utilization", type=float)
+    parser.add_argument("--max-num-seqs", "--max_num_seqs", type=int)
+    parser.add_argument("--max-num-batched-tokens", "--max_num_batched_tokens", type=int)
     parser.add_argument("--kv-cache-memory-bytes", "--kv_cache_memory_bytes")
     try:
         asked, _ = parser.parse_known_args(list(options))
@@ -162,14 +175,6 @@ def _resident_bytes(checkpoint: Checkpoint, itemsize: int) -> int:
         plain = name.endswith((".weight", ".bias")) and tensor.dtype in floating
         total += (tensor.nbytes // int(tensor.torch_dtype.itemsize)) * itemsize if plain else tensor.nbytes
     return total
-
-
-def _kv_bytes(config: dict, tensor_parallel: int, itemsize: int) -> int:
-    """Bytes of keys and values of one token on one device, all layers."""
-    heads = int(config["num_attention_heads"])
-    kv_heads = int(config.get("num_key_value_heads") or heads)
-    head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
-    return 2 * int(config["num_hidden_layers"]) * max(1, kv_heads // tensor_parallel) * head_dim * itemsize
 
 
 def _check_gpu_options(names: set[str]) -> None:

@@ -171,12 +171,36 @@ class CostTable:
 
 
 @dataclass(frozen=True)
+class Room:
+    """What of the GPUs that a budget is to fit is taken by what, in bytes, all of them together.
+
+    `usable` is what vLLM may take, `reserve` what CUDA takes for itself; `serve` are the options of vLLM it is meant for.
+    """
+
+    serve: str
+    usable: int
+    other_weights: int
+    kv_cache: int
+    activations: int
+    reserve: int
+
+    @property
+    def experts(self) -> int:
+        """What is left for the routed experts; may be less than nothing."""
+        return self.usable - self.other_weights - self.kv_cache - self.activations - self.reserve
+
+
+@dataclass(frozen=True)
 class Budget:
-    """The resolved budget. `text` is how the recipe put it, for messages and reports only; `name` is fit for a file."""
+    """The resolved budget. `text` is how the recipe put it, for messages and reports only; `name` is fit for a file.
+
+    `room` is how it came about where it was said what the model is to fit.
+    """
 
     bytes: int
     text: str
     name: str = ""
+    room: Room | None = None
 
 
 @dataclass(frozen=True, eq=False)

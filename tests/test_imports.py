@@ -38,6 +38,7 @@ ROOMS = (
     "page",
     "progress",
     "scoring",
+    "capacity",
     "job",
     "reload",
     "footprint",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from moe_rco import serving
+from moe_rco import capacity, serving
 from moe_rco.ckpt.reader import Checkpoint
 from moe_rco.errors import UserError
 from moe_rco.recipe import DEMO_MODEL
@@ -77,6 +78,26 @@ def test_it_listens_to_this_machine_alone_unless_told(options: tuple[str, ...]) 
 def test_refused(options: tuple[str, ...], word: str) -> None:
     with pytest.raises(UserError, match=word):
         serving.plan_serving(DEMO_MODEL, options)
+
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, memory: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory)
+    )
+
+
+def test_a_gpu_needs_room_for_a_batch_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_gpu(monkeypatch, 2 << 30)
+    few = ("--max-num-seqs", "4", "--max-num-batched-tokens", "64")
+    plan = serving.plan_serving(DEMO_MODEL, few)
+    # 4 hidden states of 128; 4 experts' gate and up, 2 x 64 each, and what comes of them; the logits three times in float32.
+    assert plan.activations == capacity.RESERVE + 64 * (4 * 128 + 4 * (128 + 64)) * 2 + 3 * 4 * 4 * 4096
+    assert plan.available == int(0.9 * (2 << 30))
+    assert serving.plan_serving(DEMO_MODEL).activations > plan.activations
+    with pytest.raises(UserError, match="a lower --max-num-seqs"):
+        serving.plan_serving(DEMO_MODEL, ("--max-num-seqs", "40000"))
 
 
 def test_no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:

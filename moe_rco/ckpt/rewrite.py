@@ -126,9 +126,14 @@ def _resumed(manifest: Path, directory: Path, inputs: str) -> ShardManifest:
 
 def output_bytes(checkpoint: Checkpoint, adapter: Adapter, expert_bytes: int) -> int:
     """Bytes of an output whose experts take `expert_bytes`: what to ask the disk for before any work."""
-    experts = {weight.name for group in adapter.groups(checkpoint.config) for weight in group.weights}
-    others = sum(tensor.nbytes for name, tensor in checkpoint.tensors.items() if name not in experts)
+    others = sum(tensor.nbytes for tensor in other_tensors(checkpoint, adapter))
     return expert_bytes + others + sum(path.stat().st_size for path in checkpoint.companions())
+
+
+def other_tensors(checkpoint: Checkpoint, adapter: Adapter) -> list[TensorInfo]:
+    """All that are not of routed experts."""
+    experts = {weight.name for group in adapter.groups(checkpoint.config) for weight in group.weights}
+    return [tensor for name, tensor in checkpoint.tensors.items() if name not in experts]
 
 
 def _entries(checkpoint: Checkpoint, assignment: Assignment, store: Store) -> tuple[list[Entry], set[str]]:

@@ -25,10 +25,14 @@ def show_preflight(preflight: Preflight, console: Console | None = None) -> None
     table.add_row("layout", _LAYOUTS[p.layout])
     for option in p.options:
         table.add_row("option", f"{option.name}: {format_size(option.bytes_per_expert)} per expert")
+    table.add_row("model now", bytes_(p.experts_before + p.other_bytes))
     table.add_row("experts now", bytes_(p.experts_before))
     for budget in p.budgets:
         of_now = share(budget.bytes, p.experts_before)
         table.add_row("budget", f"{bytes_(budget.bytes)}, {of_now} of now ({budget.text})")
+        if budget.room is not None:
+            table.add_row("", budget.rooms)
+            table.add_row("", f"served with {budget.room.serve}")
     table.add_row("possible", f"{bytes_(p.smallest)} to {bytes_(p.largest)}")
     table.add_row(
         "calibration", f"{p.sequences:,} sequences ({p.holdout_sequences:,} held out), {p.tokens:,} tokens"

@@ -17,6 +17,10 @@ def show_serving(plan: ServePlan, console: Console | None = None) -> None:
     table.add_row("device", f"{plan.device}{each}, {format_size(plan.available)} usable")
     table.add_row("weights", f"{bytes_(plan.weights)}{each}")
     table.add_row("KV cache", f"{format_size(plan.kv_cache)} for one sequence of {plan.context:,} tokens")
+    if plan.activations:
+        table.add_row(
+            "activations", f"about {format_size(plan.activations)}, with what CUDA takes for itself"
+        )
     table.add_row("command", " ".join(("vllm serve", str(plan.directory), *plan.options)))
     for name, value in plan.environment.items():
         table.add_row("set", f"{name}={value}")

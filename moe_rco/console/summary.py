@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 
 from rich.console import Console
@@ -62,6 +63,11 @@ def show_summary(report: Report, console: Console | None = None) -> None:
     console.print(
         f"\nWritten to {report.output}, with a page for your browser: {report.output}/{PAGE}", soft_wrap=True
     )
+    if report.budget.room is not None:
+        console.print("To serve it on what it was made to fit:\n")
+        console.print(
+            f"    moe-rco serve {shlex.quote(report.output)} {report.budget.room.serve}\n", soft_wrap=True
+        )
     console.print("To use it from Python:\n")
     for line in _usage(report):
         console.print(f"    {line}", soft_wrap=True)
