@@ -328,7 +328,7 @@ def prepare(ready: Ready, work: Path, progress: Progress, team: Team | None = No
     dtype = sized.dtype
     streaming = ready.streaming
     runner = Runner(checkpoint, sized.adapter, device, dtype, streaming)
-    tokens = [hashlib.sha256(pool.ids.numpy().tobytes()).hexdigest() for pool in pools]
+    tokens = [pool.digest() for pool in pools]
     inputs = [checkpoint.digest(progress), *tokens, recipe.quantizer.model_dump(mode="json"), str(dtype)]
     directory = WorkDirectory(work)
     team, fingerprint = team or Team(), hashlib.sha256(json.dumps(inputs).encode()).hexdigest()

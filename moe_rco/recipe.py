@@ -92,6 +92,11 @@ def _execution(value: object) -> object:
     return {"mode": value} if isinstance(value, str) else _or_defaults(value)
 
 
+def _is_none(value: object) -> bool:
+    """Whether a key that came later is left out, so that digests of older recipes stay what they were."""
+    return value is None
+
+
 MOST = 10**9
 """No count in a recipe is larger."""
 
@@ -107,10 +112,17 @@ class Quantizer(_Section):
 
 
 class DataSource(_Section):
-    """A Hub dataset, a .jsonl, .parquet or .txt file, or `demo`; `weight` is its share of all."""
+    """A Hub dataset, a .jsonl, .parquet or .txt file, or `demo`; `weight` is its share of all.
+
+    `name` and `split` are those of `datasets.load_dataset`, for a Hub dataset. `text_field` is where its text or its
+    conversations are, if elsewhere than in the others'.
+    """
 
     data: str = Field(min_length=1)
     weight: float = Field(default=1.0, gt=0)
+    name: str | None = Field(default=None, min_length=1, exclude_if=_is_none)
+    split: str = Field(default="train", min_length=1, exclude_if=lambda split: split == "train")
+    text_field: str | None = Field(default=None, min_length=1, exclude_if=_is_none)
 
 
 class Calibration(_Section):

@@ -109,7 +109,7 @@ def calibrate(
                 quantizer.quantise(index, missing, table, store, done, model.team)
             else:
                 advance(experts)
-    references = [Reference.empty(len(pool), length, runner.vocab_size) for pool in pools]
+    references = [Reference.empty(len(pool), length, runner.vocab_size, pool.weights) for pool in pools]
     with runner.head() as head:
         for row, positions in itertools.product(range(count), model.positions(length)):
             pool, at = (0, row) if row < len(pools[0]) else (1, row - len(pools[0]))

@@ -1,25 +1,28 @@
-"""Calibration text: reading documents, and cutting them into sequences of tokens.
+"""Calibration text: documents cut into sequences of tokens.
 
 Sequences never mix the two sides: a document is either used for gradients or kept out, so what is measured on the kept-out
-sequences is not learnt by heart.
+sequences is not learnt by heart. Of conversations what the assistant says counts, and no more; in the arrays on the way to a pool
+a token that does not count is `~token`, which is negative.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoTokenizer
 
+from moe_rco.calib.chat import tokenize_conversation
+from moe_rco.calib.documents import read_documents
 from moe_rco.calib.refusals import reason
 from moe_rco.errors import DataError, ModelError
-from moe_rco.recipe import DEMO, DEMO_CALIBRATION, DEMO_HELDOUT, Calibration, DataSource
+from moe_rco.recipe import DEMO, DEMO_HELDOUT, Calibration, DataSource
 
 PIECE = 1 << 18
 """Characters that are made into tokens at a time: tokenizers take hundreds of bytes for each."""
@@ -30,127 +33,41 @@ SPAN = 32
 
 
 @dataclass(frozen=True)
-class Document:
-    """One text and the name of the part of the mix it belongs to."""
-
-    text: str
-    domain: str
-
-
-@dataclass(frozen=True)
 class TokenPool:
-    """Sequences of equal length. ids int64 [N, S]; `domains` names where each came from."""
+    """Sequences of equal length. ids int64 [N, S]; `domains` names where each came from.
+
+    `weights` float32 [N, S] say how much the prediction at each position counts, 1 in the mean of every sequence; None where
+    all count the same.
+    """
 
     ids: torch.Tensor
     domains: tuple[str, ...]
+    weights: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    def of(self, rows: Sequence[int]) -> TokenPool:
+        """Some of the sequences."""
+        chosen = torch.as_tensor(rows, dtype=torch.int64)
+        weights = None if self.weights is None else self.weights[chosen]
+        return TokenPool(self.ids[chosen], tuple(self.domains[row] for row in rows), weights)
+
     def every(self, step: int) -> TokenPool:
         """Every `step`-th sequence."""
-        return TokenPool(self.ids[::step], self.domains[::step])
+        return self.of(range(0, len(self), step))
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of the tokens, and of what counts where not all do."""
+        found = hashlib.sha256(self.ids.numpy().tobytes())
+        if self.weights is not None:
+            found.update(self.weights.numpy().tobytes())
+        return found.hexdigest()
 
     def batches(self, size: int) -> Iterator[tuple[slice, torch.Tensor]]:
         for start in range(0, len(self), size):
             part = slice(start, start + size)
             yield part, self.ids[part]
-
-
-def read_documents(source: DataSource, text_field: str) -> Iterator[Document]:
-    """Documents of a .jsonl, .parquet or .txt file, of a Hub dataset, or of the shipped text (`demo`).
-
-    A `domain` column names the part of the mix; without one it is the source's name. Raises DataError.
-    """
-    if source.data == DEMO:
-        yield from _jsonl(DEMO_CALIBRATION, text_field)
-        return
-    path = Path(source.data).expanduser()
-    if path.is_dir():
-        raise DataError(f"calibration data {path} is a directory; name a .jsonl, .parquet or .txt file in it")
-    if path.is_file():
-        if path.suffix in (".jsonl", ".json"):
-            yield from _jsonl(path, text_field)
-        elif path.suffix == ".txt":
-            with _opened(path) as file:
-                yield Document(file.read(), path.stem)
-        elif path.suffix == ".parquet":
-            yield from _rows(_parquet(path), text_field, path.stem, str(path))
-        else:
-            raise DataError(f"calibration data {path}: unknown kind of file; use .jsonl, .parquet or .txt")
-        return
-    if path.suffix in (".jsonl", ".json", ".parquet", ".txt"):
-        raise DataError(f"calibration data {path}: no such file")
-    yield from _rows(_hub(source.data), text_field, source.data, source.data)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[TextIO]:
-    """A file of UTF-8 text, whose lines end with \\n alone. Raises DataError."""
-    try:
-        with path.open(encoding="utf-8", newline="\n") as file:
-            yield file
-    except UnicodeDecodeError as error:
-        raise DataError(f"calibration data {path} is not UTF-8 text") from error
-    except OSError as error:
-        raise DataError(f"calibration data {path} cannot be read: {error.strerror}") from error
-
-
-def _jsonl(path: Path, text_field: str) -> Iterator[Document]:
-    with _opened(path) as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"calibration data {path}, line {number}: not JSON ({error})") from error
-            yield _document(row, text_field, path.stem, f"{path}, line {number}")
-
-
-def _rows(rows: Iterable[Any], text_field: str, name: str, where: str) -> Iterator[Document]:
-    for row in rows:
-        yield _document(row, text_field, name, where)
-
-
-def _document(row: Any, text_field: str, name: str, where: str) -> Document:
-    text = row.get(text_field) if isinstance(row, dict) else None
-    if not isinstance(text, str):
-        columns = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-        raise DataError(
-            f"calibration data {where}: no text in '{text_field}' (there are: {columns}); set calibration.text_field"
-        )
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise DataError(
-            f"calibration data {where}: half a character (a lone surrogate) in '{text_field}'; correct the file"
-        )
-    return Document(text, str(row.get("domain", name)))
-
-
-def _parquet(path: Path) -> Iterator[Any]:
-    # Not by `datasets`, which keeps a copy of all of it elsewhere and tells a server.
-    from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        with ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=256):
-                yield from batch.to_pylist()
-    except (ArrowException, OSError, ValueError) as error:
-        raise DataError(f"calibration data {path} is damaged or no Parquet ({reason(error)})") from error
-
-
-def _hub(name: str) -> Iterator[Any]:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    try:
-        yield from load_dataset(name, split="train", streaming=True)
-    except (OSError, ValueError, DatasetsError) as error:
-        raise DataError(
-            f"calibration data '{name}' could not be loaded ({reason(error)}); name a local .jsonl, .parquet or .txt file "
-            "in calibration.data, or check the connection to the Hugging Face Hub"
-        ) from error
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -211,7 +128,7 @@ def make_pools(
             f"least two documents of one sequence of {calibration.sequence_length} tokens each; add text or lower "
             "calibration.sequence_length"
         )
-    largest = max(int(row.max()) for _, row in train + kept_out)
+    largest = max(int(np.maximum(row, ~row).max()) for _, row in train + kept_out)
     if largest >= vocab_size:
         raise DataError(
             f"the tokenizer gives token {largest}, but the model's vocabulary has {vocab_size} entries"
@@ -231,7 +148,10 @@ def _pool(
     for document in read_documents(source, calibration.text_field):
         if not document.text.strip():
             continue
-        ids = tokenize(tokenizer, document.text, ahead)
+        if document.turns:
+            ids = tokenize_conversation(tokenizer, document.turns, source.data)
+        else:
+            ids = tokenize(tokenizer, document.text, ahead)
         documents.setdefault(document.domain, []).append(ids)
         tokens += len(ids)
         if tokens >= ahead and source.data != DEMO:
@@ -255,7 +175,8 @@ def _pool(
             (train, shuffled[:first], 1 - calibration.holdout),
             (kept_out, shuffled[first:], calibration.holdout),
         ):
-            cut_rows = cut_sequences(part, length)
+            # Of a sequence's first token nothing is predicted.
+            cut_rows = [row for row in cut_sequences(part, length) if (row[1:] >= 0).any()]
             rows.extend((domain, row) for row in cut_rows[: max(1, round(share * fraction))])
     return train, kept_out
 
@@ -268,7 +189,7 @@ def heldout_pool(calibration: Calibration, tokenizer: Any, kept_out: TokenPool) 
     if any(source.data != DEMO for source in calibration.data):
         return kept_out
     rows: dict[str, list[np.ndarray]] = {}
-    for document in _jsonl(DEMO_HELDOUT, "text"):
+    for document in read_documents(DataSource(data=str(DEMO_HELDOUT)), "text"):
         rows.setdefault(document.domain, []).append(tokenize(tokenizer, document.text))
     cut = {name: cut_sequences(rows[name], calibration.sequence_length) for name in sorted(rows)}
     share = min(1.0, calibration.sequences / max(1, sum(map(len, cut.values()))))
@@ -309,8 +230,17 @@ def cut_sequences(documents: Sequence[np.ndarray], length: int) -> list[np.ndarr
 
 def _stack(rows: list[tuple[str, np.ndarray]], seed: int) -> TokenPool:
     order = np.random.default_rng(seed).permutation(len(rows))
-    ids = torch.from_numpy(np.stack([rows[index][1] for index in order]))
-    return TokenPool(ids, tuple(rows[index][0] for index in order))
+    tokens = np.stack([rows[index][1] for index in order])
+    ids = torch.from_numpy(np.maximum(tokens, ~tokens))
+    return TokenPool(ids, tuple(rows[index][0] for index in order), _weights(tokens >= 0))
+
+
+def _weights(counted: np.ndarray) -> torch.Tensor | None:
+    """Of positions, each of which predicts the next token: bool [N, S] says which tokens count."""
+    if counted.all():
+        return None
+    following = np.concatenate([counted[:, 1:], counted[:, -1:]], axis=1).astype(np.float32)
+    return torch.from_numpy(following / following.mean(1, keepdims=True))
 
 
 def overlap(pool: TokenPool, others: TokenPool) -> float:

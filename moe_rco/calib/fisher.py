@@ -22,10 +22,13 @@ from moe_rco.types import Progress
 PRUNE_TEMPERATURE = 4.0
 
 
-def log_likelihood_of_samples(uniform: torch.Tensor, temperature: float = 1.0) -> HeadLoss:
+def log_likelihood_of_samples(
+    uniform: torch.Tensor, temperature: float = 1.0, weights: torch.Tensor | None = None
+) -> HeadLoss:
     """Sum over a sequence's positions of T log p(y), y ~ p = softmax(logits / T) drawn by `uniform` [B, S] in [0, 1).
 
-    Its gradient with respect to the logits has the covariance of p, diag(p) - p p^T.
+    Its gradient with respect to the logits has the covariance of p, diag(p) - p p^T, times the position's weight in `weights`
+    [B, S], if there are any.
     """
 
     def loss(row: int, positions: slice, logits: torch.Tensor) -> torch.Tensor:
@@ -34,7 +37,10 @@ def log_likelihood_of_samples(uniform: torch.Tensor, temperature: float = 1.0) -
         cumulative = log_p.detach().exp().cumsum(-1)
         mass = cumulative[:, -1:] * uniform[row, positions, None].to(cumulative)
         drawn = torch.searchsorted(cumulative, mass, right=True).clamp_max(logits.shape[-1] - 1)
-        return temperature * log_p.gather(-1, drawn).sum()
+        found = log_p.gather(-1, drawn)
+        if weights is not None:
+            found = found * weights[row, positions, None].sqrt().to(found)
+        return temperature * found.sum()
 
     return loss
 
@@ -55,7 +61,8 @@ def fisher_effects(model: AssignedModel, pool: TokenPool, seed: int, progress: P
                 # Of each sequence by itself, so that what is drawn does not depend on how many go together.
                 rows = range(part.start, part.start + len(ids))
                 draws = [np.random.default_rng((seed, row, number)).random(ids.shape[1]) for row in rows]
-                loss = log_likelihood_of_samples(torch.from_numpy(np.stack(draws)), temperature)
+                weights = None if pool.weights is None else pool.weights[part]
+                loss = log_likelihood_of_samples(torch.from_numpy(np.stack(draws)), temperature, weights)
                 passes.append(Pass(None, loss, measured))
             total = np.zeros(table.costs.shape)
             for (measured, _), (_, effects) in zip(wanted, model.own_effects(passes, ids), strict=True):

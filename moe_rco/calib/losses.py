@@ -125,9 +125,8 @@ def row_losses(
     """(choice, rows) to the KL of each of these sequences, float64 [n]."""
 
     def values(choice: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        part = TokenPool(pool.ids[rows], tuple(pool.domains[row] for row in rows))
         target = reference.of(torch.from_numpy(rows), model.runner.device)
-        return model.divergences(choice, part, target)
+        return model.divergences(choice, pool.of(rows.tolist()), target)
 
     return values
 

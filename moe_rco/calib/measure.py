@@ -57,17 +57,19 @@ def measure(
     length = pool.ids.shape[1]
     step = max(1, LOGITS // vocab_size)
     rows: list[np.ndarray] = []
+    weights = torch.ones(pool.ids.shape) if pool.weights is None else pool.weights
     with progress.stage("measure on held-out text", len(pool)) as advance:
-        for _, ids in pool.batches(batch):
+        for group, ids in pool.batches(batch):
             states = [model.hidden(ids) for model in (before, after)]
             with before.head() as first, after.head() as second:
-                for row, sequence in enumerate(ids):
+                for row, (sequence, weight) in enumerate(zip(ids, weights[group].double(), strict=True)):
                     sums = np.zeros(3)
                     for start in range(0, length, step):
                         part = slice(start, start + step)
                         before_, after_ = first(states[0][row, part]), second(states[1][row, part])
-                        sums += _sums(before_, after_, sequence[start + 1 : start + 1 + step])
-                    rows.append(sums / (length - 1, length - 1, length))
+                        sums += _sums(before_, after_, sequence[start + 1 : start + 1 + step], weight[part])
+                    followed, every = float(weight[:-1].sum()), float(weight.sum())
+                    rows.append(sums / (followed, followed, every))
                     advance(1)
     table = np.array(rows)
     domains = np.array(pool.domains)
@@ -75,12 +77,15 @@ def measure(
     return Scores(tuple(scores), _score("all", table, length))
 
 
-def _sums(before: torch.Tensor, after: torch.Tensor, following: torch.Tensor) -> np.ndarray:
-    """Over positions [n] with logits [n, V]: next-token losses before and after, where a token follows, and KL."""
+def _sums(
+    before: torch.Tensor, after: torch.Tensor, following: torch.Tensor, weight: torch.Tensor
+) -> np.ndarray:
+    """Over positions [n] with logits [n, V]: next-token losses before and after, where a token follows, and KL, weighted."""
     log_p, log_q = (torch.log_softmax(logits.float(), -1) for logits in (before, after))
-    target = following[:, None].to(log_p.device)
-    losses = [-float(log[: len(target)].gather(-1, target).double().sum()) for log in (log_p, log_q)]
-    return np.array([*losses, float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())])
+    target, weight = following[:, None].to(log_p.device), weight.to(log_p.device)
+    losses = [-log[: len(target)].gather(-1, target)[:, 0].double() for log in (log_p, log_q)]
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).double()
+    return np.array([*(float(weight[: len(loss)] @ loss) for loss in losses), float(weight @ kl)])
 
 
 def _score(name: str, rows: np.ndarray, length: int) -> Score:

@@ -22,9 +22,9 @@ from moe_rco.calib.data import (
     load_tokenizer,
     make_pools,
     overlap,
-    read_documents,
     tokenize,
 )
+from moe_rco.calib.documents import read_documents
 from moe_rco.errors import DataError, ModelError
 from moe_rco.recipe import DEMO, DEMO_MODEL, Calibration, DataSource
 
@@ -124,7 +124,7 @@ def test_a_local_parquet_file_is_copied_nowhere_and_told_to_nobody(tmp_path: Pat
     program = f"""
 import sys
 from pathlib import Path
-from moe_rco.calib.data import read_documents
+from moe_rco.calib.documents import read_documents
 from moe_rco.recipe import DataSource
 from tests.faults.watch import watch
 import datasets, requests

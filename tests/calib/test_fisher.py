@@ -31,3 +31,17 @@ def test_softened_gradients_see_tokens_the_model_is_certain_of() -> None:
         assert leaf.grad is not None
         sizes.append(float(leaf.grad.square().sum(1).mean()))
     assert sizes[0] < 0.001 < 0.05 < sizes[1]
+
+
+def test_a_weight_scales_the_covariance() -> None:
+    row, draws = torch.tensor([3.0, 0.5, -1.0]), 100_000
+    logits = row.repeat(draws, 1).requires_grad_()
+    uniform = torch.rand(1, draws, generator=torch.Generator().manual_seed(0))
+    weights = torch.tensor([0.0, 4.0]).repeat(draws // 2)[None]
+    log_likelihood_of_samples(uniform, 1.0, weights)(0, slice(0, draws), logits).backward()
+    assert logits.grad is not None
+    gradients = logits.grad.double()
+    assert not gradients[::2].any()
+    p = torch.softmax(row.double(), 0)
+    covariance = gradients[1::2].T @ gradients[1::2] / (draws // 2)
+    assert torch.allclose(covariance, 4 * (p.diag() - p.outer(p)), atol=0.02)

@@ -54,6 +54,16 @@ def test_rows_and_sequences_are_taken_apart_rightly() -> None:
     assert float(divergence(some.at(1, slice(0, 3)), p[3]).mean()) > 0.01
 
 
+def test_positions_count_by_their_weight() -> None:
+    p, q, weights = torch.randn(2, 6, 100), torch.randn(2, 6, 100), torch.rand(2, 6)
+    plain, weighted = Reference.empty(2, 6, 100), Reference.empty(2, 6, 100, weights)
+    for reference in (plain, weighted):
+        fill(reference, p)
+    torch.testing.assert_close(divergence(weighted, q), weights * divergence(plain, q))
+    part = weighted.of(slice(1, 2), torch.device("cpu")).at(0, slice(2, 5))
+    torch.testing.assert_close(divergence(part, q[1, 2:5]), (weights * divergence(plain, q))[1, 2:5])
+
+
 def test_the_remainder_is_finite_and_differentiable_when_nothing_remains() -> None:
     log_p = torch.log(torch.tensor([[0.5, 0.5], [0.2, 0.3]])).requires_grad_()
     remainder = log_remainder(log_p)
