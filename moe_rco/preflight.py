@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from moe_rco.calib.data import check_sources, overlap
+from moe_rco.calib.data import TokenPool, check_sources, overlap
 from moe_rco.calib.team import processes_here
 from moe_rco.ckpt.destination import check_destination
 from moe_rco.ckpt.locate import fetch_model
@@ -22,7 +22,7 @@ from moe_rco.footprint import Footprint, Shapes, resident, streamed
 from moe_rco.forecast import OF_EACH_BUDGET, stage_times
 from moe_rco.job import Ready, Sized, open_inputs, size
 from moe_rco.recipe import Recipe
-from moe_rco.report import BudgetPart, OptionCost, Preflight
+from moe_rco.report import BudgetPart, OptionCost, Preflight, TextPart
 from moe_rco.types import Progress
 from moe_rco.units import format_size
 
@@ -113,6 +113,7 @@ def describe(sized: Sized, ready: Ready | None, times: Mapping[str, float]) -> P
         sequences=sequences,
         tokens=sequences * recipe.calibration.sequence_length,
         holdout_sequences=holdout,
+        text=() if ready is None else _text(ready.pools),
         search_method=recipe.search.method,
         search_steps=recipe.search.search_steps,
         search_races=recipe.search.races,
@@ -128,6 +129,19 @@ def describe(sized: Sized, ready: Ready | None, times: Mapping[str, float]) -> P
             for name, seconds in times.items()
         },
         warnings=warnings,
+    )
+
+
+def _text(pools: tuple[TokenPool, ...]) -> tuple[TextPart, ...]:
+    """The parts of the text, by name."""
+    counted: dict[str, list[float]] = {}
+    for pool in pools:
+        shares = [1.0] * len(pool) if pool.weights is None else (pool.weights > 0).double().mean(1).tolist()
+        for name, share in zip(pool.domains, shares, strict=True):
+            counted.setdefault(name, []).append(share)
+    return tuple(
+        TextPart(name=name, sequences=len(shares), counted=sum(shares) / len(shares))
+        for name, shares in sorted(counted.items())
     )
 
 

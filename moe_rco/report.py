@@ -334,6 +334,16 @@ class Report(_Part):
         return report
 
 
+class TextPart(_Part):
+    """A part of the calibration text: its sequences, and the share of their tokens that counts (of a conversation: what the
+    assistant says).
+    """
+
+    name: str
+    sequences: int
+    counted: float
+
+
 class OptionCost(_Part):
     """`bytes_per_expert` is the mean over the experts (they differ only where their shapes do)."""
 
@@ -365,6 +375,7 @@ class Preflight(_Part):
     sequences: int
     tokens: int
     holdout_sequences: int
+    text: tuple[TextPart, ...] = ()
     search_method: str
     search_steps: int
     search_races: int

@@ -23,10 +23,11 @@ version: 1
 # vLLM's fast CUDA kernels run 4 and 8 bits and bf16; int2 and int3 need 'experimental: true'.
 options: [{options}]
 
-# The most the routed experts' files may take, in one of three forms:
+# The most the routed experts' files may take, in one of four forms:
 #   {{ratio: 0.35}}     a fraction of what they take now: {example_bytes}
 #   {{bytes: {example_size}}}
 #   {{avg_bits: 4.25}}  bits per original expert weight, scales included
+#   {{fit: {{gpu_memory: 24GB, max_model_len: 8192, max_num_seqs: 4}}}}  what is left of a GPU that serves it like this
 # 35% and {example_size} are short for the first two. A list, as in [50%, 35%, 25%], gives a model each in one run.
 budget: {{ratio: 0.35}}
 
@@ -39,7 +40,8 @@ experimental: false
 quantizer: {{method: gptq}} # or rtn: round to nearest, faster and worse
 
 calibration:
-  # A dataset on the Hugging Face Hub, a .jsonl, .parquet or .txt file, or a list of {{data, weight}}.
+  # A dataset on the Hugging Face Hub, a .jsonl, .parquet or .txt file, or a list of {{data, weight}}. Conversations (`messages`)
+  # are rendered with the model's chat template, and what the assistant says counts.
   # Text like the text the model will be used for gives the best choice.
   data: HuggingFaceFW/fineweb-edu
   text_field: text        # the field or column that holds the text

@@ -15,6 +15,8 @@ from moe_rco.recipe import DEMO, DEMO_CALIBRATION, DataSource
 
 CONVERSATIONS = ("messages", "conversations")
 """Columns where conversations usually are."""
+PAIRS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("question", "answer"))
+"""Columns of a question and its answer, which are a conversation of two turns."""
 _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
 
 
@@ -30,8 +32,9 @@ class Document:
 def read_documents(source: DataSource, text_field: str) -> Iterator[Document]:
     """Documents of a .jsonl, .parquet or .txt file, of a Hub dataset, or of the shipped text (`demo`).
 
-    Text or a conversation stands in `text_field`, or in what the source names instead, or else in `messages` or
-    `conversations`. A `domain` column names the part of the mix; without one it is the source's name. Raises DataError.
+    Text or a conversation stands in `text_field`, or in what the source names instead, or else in `messages`, `conversations`
+    or a pair of columns such as `prompt` and `completion`. A `domain` column names the part of the mix; without one it is the
+    source's name. Raises DataError.
     """
     text_field = source.text_field or text_field
     if source.data == DEMO:
@@ -53,7 +56,8 @@ def read_documents(source: DataSource, text_field: str) -> Iterator[Document]:
         return
     if path.suffix in (".jsonl", ".json", ".parquet", ".txt"):
         raise DataError(f"calibration data {path}: no such file")
-    yield from _rows(_hub(source), text_field, source.data, source.data)
+    part = source.data if source.name is None else f"{source.data}, {source.name}"
+    yield from _rows(_hub(source), text_field, part, part)
 
 
 @contextmanager
@@ -86,10 +90,7 @@ def _rows(rows: Iterable[Any], text_field: str, name: str, where: str) -> Iterat
 
 
 def _document(row: Any, text_field: str, name: str, where: str) -> Document:
-    value = None
-    if isinstance(row, dict):
-        named = (row.get(field) for field in (text_field, *CONVERSATIONS))
-        value = next((found for found in named if isinstance(found, str | list)), None)
+    value = _value(row, text_field) if isinstance(row, dict) else None
     if value is None:
         columns = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
         raise DataError(
@@ -102,6 +103,19 @@ def _document(row: Any, text_field: str, name: str, where: str) -> Document:
             f"calibration data {where}: half a character (a lone surrogate) in '{text_field}'; correct the file"
         )
     return Document(text, str(row.get("domain", name)), turns)
+
+
+def _value(row: dict[str, Any], text_field: str) -> str | list[Any] | None:
+    """A row's text or conversation."""
+    for field in (text_field, *CONVERSATIONS):
+        if isinstance(row.get(field), str | list):
+            return row[field]
+    for pair in PAIRS:
+        if all(isinstance(row.get(field), str) for field in pair):
+            return [
+                {"role": role, "content": row[f]} for role, f in zip(("user", "assistant"), pair, strict=True)
+            ]
+    return None
 
 
 def _turns(value: list[Any], where: str) -> tuple[dict[str, str], ...]:

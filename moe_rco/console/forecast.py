@@ -37,6 +37,9 @@ def show_preflight(preflight: Preflight, console: Console | None = None) -> None
     table.add_row(
         "calibration", f"{p.sequences:,} sequences ({p.holdout_sequences:,} held out), {p.tokens:,} tokens"
     )
+    for part in p.text:
+        counted = "" if part.counted == 1 else f", {part.counted:.0%} of it the assistant's, which counts"
+        table.add_row("", f"{part.name}: {part.sequences:,} sequences{counted}")
     races = f", then races for as long as {p.search_races} steps" if p.search_races else ""
     table.add_row("search", f"{p.search_method}: {p.search_steps} steps of {p.search_samples} samples{races}")
     held = "weights streamed from disk" if p.streamed else "all weights resident"

@@ -11,7 +11,7 @@ import pytest
 
 from moe_rco.calib.chat import tokenize_conversation
 from moe_rco.calib.data import load_tokenizer, make_pools
-from moe_rco.calib.documents import read_documents
+from moe_rco.calib.documents import PAIRS, read_documents
 from moe_rco.errors import DataError
 from moe_rco.recipe import DEMO_MODEL, Calibration, DataSource
 
@@ -132,12 +132,22 @@ def write(path: Path, rows: list[Any]) -> DataSource:
         },
         {"messages": [t | {"content": [{"type": "text", "text": t["content"]}]} for t in TALK]},
         {"text": list(TALK), "messages": "not this"},
+        {"prompt": list(TALK), "messages": list(TALK)},
     ],
-    ids=["messages", "conversations", "parts", "the field that is named"],
+    ids=["messages", "conversations", "parts", "the field that is named", "beside another"],
 )
 def test_the_forms_conversations_come_in(row: dict[str, Any], tmp_path: Path) -> None:
     (document,) = read_documents(write(tmp_path / "x.jsonl", [row]), "text")
     assert document.turns == TALK
+
+
+@pytest.mark.parametrize(("question", "answer"), PAIRS)
+def test_a_question_and_its_answer_are_a_conversation(question: str, answer: str, tmp_path: Path) -> None:
+    row = {question: TALK[0]["content"], answer: TALK[1]["content"], "more": "x"}
+    (document,) = read_documents(write(tmp_path / "x.jsonl", [row]), "text")
+    assert document.turns == TALK[:2]
+    (text,) = read_documents(write(tmp_path / "x.jsonl", [row]), answer)
+    assert (text.text, text.turns) == (TALK[1]["content"], ())
 
 
 @pytest.mark.parametrize(
