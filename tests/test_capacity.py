@@ -59,7 +59,7 @@ def test_the_demo_s_own_files() -> None:
 )
 def test_the_cache_is_as_large_as_transformers_makes_it(config: dict[str, Any]) -> None:
     """In a model of two layers, for which there is memory."""
-    small = config | {
+    small: dict[str, Any] = config | {
         "num_hidden_layers": 2,
         "intermediate_size": 8,
         "moe_intermediate_size": 8,

@@ -14,6 +14,7 @@ from moe_rco import cli, recipe
 from moe_rco.recipe import DEMO_CALIBRATION
 from tests.real_models import REAL
 
+README = Path(__file__).resolve().parent.parent / "README.md"
 SHIPPED = {name: recipe.load(name) for name in recipe.shipped()}
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -75,6 +76,9 @@ def test_a_dry_run_has_the_real_sizes(
         # Weights and cache fit the card, with room for the rest.
         assert numbers["budget"] + others + kv < 0.9 * fit.gpu_memory - (1 << 30)
     assert not list(tmp_path.iterdir())
+    if name == "qwen3-30b-a3b-24gb":
+        (shown,) = re.findall(r"```text\n(model now.*?)```", README.read_text(), re.DOTALL)
+        assert " ".join(shown.split()) in " ".join(done.stdout.split())
 
 
 @pytest.mark.parametrize("name", [name for name, shipped in SHIPPED.items() if shipped.budget[0].fit])

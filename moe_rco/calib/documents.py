@@ -126,7 +126,8 @@ def _turns(value: list[Any], where: str) -> tuple[dict[str, str], ...]:
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if isinstance(content, list):
             parts = [part.get("text") if isinstance(part, dict) else part for part in content]
-            content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
+            texts = [part for part in parts if isinstance(part, str)]
+            content = "".join(texts) if len(texts) == len(parts) else None
         if not isinstance(role, str) or not isinstance(content, str):
             raise DataError(
                 f"calibration data {where}: turn {number} of the conversation is not {{role, content}} in text"
