@@ -24,6 +24,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {**_COMMON, **_QWEN, "head_dim": 16, "norm_topk_prob": True},
     "qwen2_moe": {**_COMMON, **_QWEN, "shared_expert_intermediate_size": 128, "norm_topk_prob": False},
     "mixtral": {**_COMMON, "num_local_experts": 8, "num_experts_per_tok": 2},
+    "olmoe": {**_COMMON, "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": False},
 }
 
 

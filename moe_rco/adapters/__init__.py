@@ -1,16 +1,23 @@
-"""Model families. A new one is a file here, a line in `FAMILIES` and a recipe; the contract tests then run on it."""
+"""Model families. A new one is a file here with its `Adapter`; docs/new-family.md goes through it."""
 
 from __future__ import annotations
 
 import difflib
+import importlib
+import pkgutil
 
 from moe_rco.adapters.base import Adapter, Config, check_sizes, route
-from moe_rco.adapters.mixtral import Mixtral
-from moe_rco.adapters.qwen2_moe import Qwen2Moe
-from moe_rco.adapters.qwen3_moe import Qwen3Moe
 from moe_rco.errors import ModelError
 
-FAMILIES: dict[str, Adapter] = {family.model_type: family for family in (Qwen3Moe(), Qwen2Moe(), Mixtral())}
+
+def _families() -> dict[str, Adapter]:
+    """An adapter of every class in the files beside this one, by `model_type`."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return {family.model_type: family() for family in Adapter.__subclasses__()}
+
+
+FAMILIES = _families()
 MOST_EXPERTS = 10**6
 """In all layers: more than any model has, and few enough to be listed."""
 

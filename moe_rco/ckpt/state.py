@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -33,8 +34,10 @@ class SavedState:
             return
         tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
         plain = {name: value for name, value in values.items() if name not in tensors}
+        plain = json.loads(json.dumps(plain))  # as they will be read
         partial = self.path.with_name(self.path.name + ".tmp")
-        meta = {_META: json.dumps({"fingerprint": self.fingerprint, "values": plain})}
+        digest = self._digest(tensors, plain)
+        meta = {_META: json.dumps({"fingerprint": self.fingerprint, "digest": digest, "values": plain})}
         try:
             write_file(partial, [from_tensor(name, tensor) for name, tensor in tensors.items()], meta)
             os.replace(partial, self.path)
@@ -45,7 +48,7 @@ class SavedState:
             raise StoreError(f"cannot write {self.path}: {error}") from error
 
     def load(self) -> dict[str, Any] | None:
-        """What was saved for the same inputs; None where there is nothing, or nothing usable, to go on from."""
+        """What was saved for the same inputs; None where there is nothing to go on from, or it is not what was saved."""
         if not self.path.is_file():
             return None
         try:
@@ -53,7 +56,15 @@ class SavedState:
                 meta = json.loads((file.metadata() or {}).get(_META, "{}"))
                 if meta.get("fingerprint") != self.fingerprint:
                     return None
-                names = list(file.keys())
-                return {**meta["values"], **{name: file.get_tensor(name) for name in names}}
-        except (SafetensorError, OSError, ValueError):
+                plain, tensors = meta["values"], {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError):
             return None
+        return {**plain, **tensors} if meta.get("digest") == self._digest(tensors, plain) else None
+
+    def _digest(self, tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Any]) -> str:
+        """SHA-256 (hex) of all that is saved."""
+        found = hashlib.sha256(json.dumps([self.fingerprint, plain], sort_keys=True).encode())
+        for name, tensor in sorted(tensors.items()):
+            found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            found.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return found.hexdigest()

@@ -56,6 +56,18 @@ def test_a_damaged_file_is_as_none(tmp_path: Path, keep: int) -> None:
     assert state.load() is None
 
 
+def test_no_flipped_bit_goes_unnoticed(tmp_path: Path) -> None:
+    state = SavedState(tmp_path / "state", "f")
+    state.save(VALUES)
+    content = state.path.read_bytes()
+    for place in range(len(content)):
+        state.path.write_bytes(
+            content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :]
+        )
+        loaded = state.load()
+        assert loaded is None or same(loaded, VALUES), place
+
+
 def test_killed_at_any_moment_it_is_the_old_or_the_new(tmp_path: Path) -> None:
     state, old, new = SavedState(tmp_path / "state", "f"), {"step": 1}, {**VALUES, "step": 2}
     for moment in count():

@@ -13,7 +13,7 @@ from tests.runfaults.bench import Bench
 
 SETTINGS = r"execution\.memory_limit|execution\.mode|calibration\.sequence|search\.batch"
 ABORTED = (-signal.SIGABRT, -signal.SIGSEGV)
-NATIVE = r"LLVM ERROR: .*memory|memory allocation of \d+ bytes failed|bad_alloc"
+NATIVE = r"(LLVM ERROR|Fatal glibc error): .*memory|memory allocation of \d+ bytes failed|bad_alloc"
 """What compilers and libraries say before they end the process themselves."""
 
 
