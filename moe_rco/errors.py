@@ -55,7 +55,7 @@ class BudgetError(UserError):
 class DataError(UserError):
     """Calibration or evaluation text is missing, unreadable, empty or too short."""
 
-    remedy = "Name another file or its right column (`calibration.text_field`), copy the chat template to the model, add text, or lower `calibration.sequence_length`."
+    remedy = "Name another file or its right column (`calibration.text_field`), add text, or lower `calibration.sequence_length`."
 
 
 class OutputError(UserError):

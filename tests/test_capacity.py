@@ -119,7 +119,7 @@ def test_what_cannot_be_fitted_says_why(fit: Fit, config: dict[str, Any], messag
 @pytest.mark.parametrize(
     ("memory", "message"),
     [
-        ("12GiB", "is what fit leaves, and is too small"),
+        ("10GiB", "is what fit leaves, and is too small"),
         ("141GB", "is what fit leaves, and is more than"),
     ],
 )

@@ -20,6 +20,17 @@ def _parquet(columns: dict[str, list[object]]) -> bytes:
     return file.getvalue()
 
 
+def _talk(*contents: str, **more: str) -> bytes:
+    """Lines of a conversation whose turns are the user's and the assistant's in turn."""
+    turns = [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
+    return (json.dumps({"messages": turns} | more) + "\n").encode() * 200
+
+
+TURNS: tuple[object, ...] = (
+    None, 3, {}, [], "words", {"role": "user"}, {"role": 5, "content": "x"}, {"role": "user", "content": None},
+    {"role": "user", "content": [{"image": "x"}]}, {"role": "assistant", "content": ""}, {"from": "gpt", "value": "words"},
+    {"role": "nobody", "content": "words"}, {"role": "user", "content": "\ud800"},
+)  # fmt: skip
 CONTENTS: dict[str, bytes] = {
     "empty.jsonl": b"",
     "blank.jsonl": b"\n\n \n",
@@ -54,14 +65,32 @@ CONTENTS: dict[str, bytes] = {
     "domains.jsonl": b'{"text": "some words to read here", "domain": {"a": 1}}\n' * 200,
     "huge.txt": b"word " * 10_000_000,
     "emoji.txt": ("\U0001f4a9\u202e" * 9_000).encode(),
+    "talk.jsonl": _talk("What is it?", "It is what it is."),
+    "silent.jsonl": _talk("Only a question, and another one."),
+    "nobody.jsonl": b'{"messages": []}\n' * 200,
+    "turns.jsonl": b"".join(
+        _talk("a", "b").splitlines()[0][:-2] + b"," + json.dumps(t).encode() + b"]}\n" for t in TURNS
+    ),
+    "long-talk.jsonl": _talk("a" * 300_000, "b" * 300_000)[: 3 * 600_100],
+    "pairs.jsonl": b'{"prompt": "What is it, and why?", "completion": "It is what it is, and that is why."}\n'
+    * 200,
+    "talk.parquet": _parquet(
+        {"messages": [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]] * 600}
+    ),
 }
+_CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+TEMPLATES = (
+    _CHAT, _CHAT, _CHAT, "", "{{", "{{ messages[99].content }}", "{{ raise_exception('no') }}", "{{ 10 ** 10 ** 8 }}",
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{% for a in range(10**9) %}x{% endfor %}", "{{ 'x' * 10**10 }}",
+    "{% include '/etc/passwd' %}", "{% set ns = namespace(x=1) %}{{ cycler.__init__.__globals__.os.system('touch stray') }}",
+)  # fmt: skip
 
 
 def cases(base: Path, count: int, rng: random.Random) -> list[Case]:
     """Of a directory that holds a sound job."""
     fixed = [Case("calibration text", name, base, _content(name)) for name in CONTENTS]
     made = [
-        Case("calibration text", "changed", base, rng.choice((_damaged, _replaced, _mixed, _foreign)))
+        Case("calibration text", "changed", base, rng.choice((_damaged, _replaced, _mixed, _foreign, _chat)))
         for _ in range(count)
     ]
     return [*fixed, *made][:count]
@@ -100,6 +129,23 @@ def _mixed(place: Path, rng: random.Random) -> list[str]:
         {"data": name, "weight": w} for name, w in zip([*names, "model/text.jsonl"], weights, strict=True)
     ]
     return _prune(f"calibration.data={json.dumps(sources)}")
+
+
+def _chat(place: Path, rng: random.Random) -> list[str]:
+    """Conversations, sound ones and others, and a template of the model that is sound or is not."""
+    (place / "model" / "chat_template.jinja").write_text(rng.choice(TEMPLATES), encoding="utf-8")
+    name = rng.choice(
+        [
+            name
+            for name in CONTENTS
+            if name.startswith(("talk", "silent", "nobody", "turns", "long-talk", "pairs"))
+        ]
+    )
+    content = CONTENTS[name]
+    if name == "turns.jsonl":
+        content = rng.choice(content.splitlines(keepends=True)) * 200
+    (place / name).write_bytes(content)
+    return _prune(f"calibration.data={name}", f"calibration.sequence_length={rng.choice((8, 16, 64))}")
 
 
 def _foreign(place: Path, rng: random.Random) -> list[str]:
