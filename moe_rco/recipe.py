@@ -54,7 +54,7 @@ def _tuple(value: object) -> object:
 
 
 def _sources(value: object) -> object:
-    listed = (value,) if isinstance(value, str) else _tuple(value)
+    listed = (value,) if isinstance(value, str | dict) else _tuple(value)
     if not isinstance(listed, tuple):
         return listed
     return tuple({"data": item} if isinstance(item, str) else item for item in listed)

@@ -78,6 +78,21 @@ def report(**changes: Any) -> Report:
     return Report.model_validate({**report_data(), **changes})
 
 
+FITTED = {
+    "text": "fits a GPU of 24GB with 4 x 8,192 tokens",
+    "bytes": 2_400_000,
+    "room": {
+        "serve": "--max-model-len 8192 --max-num-seqs 4",
+        "usable": 20 << 30,
+        "other_weights": 3 << 30,
+        "kv_cache": 2 << 30,
+        "activations": 100 << 20,
+        "reserve": 1 << 30,
+    },
+}
+"""A budget that a GPU leaves."""
+
+
 def preflight(**changes: object) -> Preflight:
     data: dict[str, object] = {
         "model": "demo",
@@ -90,6 +105,7 @@ def preflight(**changes: object) -> Preflight:
             {"name": "int4-g64", "bytes_per_expert": 13_000},
         ],
         "experts_before": 9_437_184,
+        "other_bytes": 2_000_000,
         "smallest": 300_000,
         "largest": 9_437_184,
         "budgets": [{"text": "ratio 0.25", "bytes": 2_359_296}],

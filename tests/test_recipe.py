@@ -277,7 +277,8 @@ def test_a_form_as_override_replaces_any_budget(budget: str) -> None:
 
 def test_no_such_recipe_lists_the_shipped_ones(tmp_path: Path) -> None:
     with pytest.raises(
-        RecipeError, match=r"no such recipe file; did you mean 'qwen-moe'\?.*demo, mixtral, qwen-moe"
+        RecipeError,
+        match=r"no such recipe file; did you mean 'qwen-moe'\?.*demo, mixtral-8x7b-24gb.*, qwen-moe, ",
     ):
         load("qwen_moe.yaml")
     with pytest.raises(RecipeError, match="is a directory, not a recipe file"):

@@ -59,7 +59,7 @@ def test_a_dry_run_has_the_real_sizes(
     )
     numbers = {row: int(number.replace(",", "")) for row, number in found.items()}
     assert numbers["model now"] == total
-    inner = config["intermediate_size" if config["model_type"] == "mixtral" else "moe_intermediate_size"]
+    inner = config.get("moe_intermediate_size", config["intermediate_size"])
     experts = config.get("num_experts", config.get("num_local_experts"))
     expected = config["num_hidden_layers"] * experts * 3 * config["hidden_size"] * inner * 2
     assert numbers["experts now"] == expected

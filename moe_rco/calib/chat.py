@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 
 from moe_rco.calib.refusals import reason
 from moe_rco.errors import DataError
@@ -42,7 +41,7 @@ def tokenize_conversation(tokenizer: Any, turns: Turns, where: str) -> np.ndarra
 def _rendered(tokenizer: Any, turns: Turns, where: str, prompt: bool = False) -> str:
     try:
         return tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=prompt)
-    except (TemplateError, LookupError, TypeError, ValueError) as error:
+    except Exception as error:  # a template is a program, which can end in anything
         raise DataError(
             f"calibration data {where}: the model's chat template refuses a conversation ({reason(error)})"
         ) from error

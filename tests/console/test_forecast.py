@@ -8,7 +8,7 @@ import pytest
 
 from moe_rco import console
 from tests.console.screens import screen, shown
-from tests.reports import preflight
+from tests.reports import FITTED, preflight
 
 
 def test_dry_run_shows_sizes_and_that_nothing_was_written() -> None:
@@ -50,3 +50,27 @@ def test_the_dry_run_shows_the_layout(layout: str) -> None:
     target = screen()
     console.show_preflight(preflight(layout=layout), target)
     assert re.search(rf"layout +{layout}: e", shown(target))
+
+
+def test_the_dry_run_shows_what_of_a_gpu_is_taken_by_what() -> None:
+    target = screen()
+    console.show_preflight(preflight(budgets=[FITTED]), target)
+    text = " ".join(shown(target).split())
+    for part in (
+        "(fits a GPU of 24GB with 4 x 8,192 tokens)",
+        "20.00 GiB usable, less 3.00 GiB other weights, 2.00 GiB KV cache, 100.00 MiB activations (estimated), 1.00 GiB CUDA",
+        "served with --max-model-len 8192 --max-num-seqs 4",
+    ):
+        assert part in text
+
+
+def test_the_dry_run_shows_what_the_text_is_made_of() -> None:
+    target = screen()
+    parts = [
+        {"name": "talk", "sequences": 100, "counted": 0.25},
+        {"name": "books", "sequences": 5, "counted": 1.0},
+    ]
+    console.show_preflight(preflight(text=parts), target)
+    text = shown(target)
+    assert re.search(r"talk: 100 sequences, 25% of it the assistant's, which counts", text)
+    assert re.search(r"books: 5 sequences *\n", text)

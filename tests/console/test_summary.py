@@ -6,7 +6,7 @@ import re
 
 from moe_rco import console
 from tests.console.screens import screen, shown
-from tests.reports import report, report_data
+from tests.reports import FITTED, report, report_data
 
 STOCK = {
     "experts_per_layer": 4,
@@ -89,3 +89,14 @@ def test_a_line_for_every_result() -> None:
     assert re.search(r"25pct +999,000 +25.0% +1,499,000 +2.0000 +2.0625 +0.06250 +0.00070", text)
     assert re.search(r"\[x\] +999,000 +25.0% +1,499,000 +2.0000 +2.0625 +0.50000", text)
     assert "out/[many]" in text
+
+
+def test_what_was_made_to_fit_says_how_to_serve_it() -> None:
+    budget = FITTED | {"bytes": 1_000_000}
+    target = screen()
+    console.show_summary(report(budget=budget), target)
+    serve = "moe-rco serve 'out/[demo]' --max-model-len 8192 --max-num-seqs 4"
+    assert serve in " ".join(shown(target).split())
+    target = screen()
+    console.show_summary(report(), target)
+    assert "moe-rco serve" not in shown(target)

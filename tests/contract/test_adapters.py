@@ -29,6 +29,7 @@ DENSE: dict[str, list[dict[str, Any]]] = {
     ],
     "qwen2_moe": [{}, {"num_hidden_layers": 3, "mlp_only_layers": [0]}, {"norm_topk_prob": True}],
     "mixtral": [{}, {"sliding_window": 8}],
+    "olmoe": [{}, {"norm_topk_prob": True, "clip_qkv": 1.0}],
 }
 CASES = [(family, overrides) for family in FAMILIES for overrides in DENSE.get(family, [{}])]
 

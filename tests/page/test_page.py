@@ -13,7 +13,7 @@ import pytest
 from moe_rco.curve import Curve
 from moe_rco.page import compared, page, save
 from moe_rco.report import Report
-from tests.reports import report, report_data, score
+from tests.reports import FITTED, report, report_data, score
 
 STEPS = [
     {
@@ -123,6 +123,13 @@ def test_it_needs_nothing_from_elsewhere_and_runs_nothing(full: Report) -> None:
             for name in ("src", "href", "xlink:href"):
                 assert attributes.get(name, "data:,") == "data:,"
         assert not re.search(r"https?://|@import|url\(", text)
+
+
+def test_it_shows_what_of_a_gpu_is_taken_by_what() -> None:
+    made = report(budget=FITTED | {"bytes": 1_000_000})
+    text = " ".join(" ".join(Elements(page(made)).texts).split())
+    for part in (made.budget.text, "20.00 GiB usable", made.budget.rooms, "serve with --max-model-len 8192"):
+        assert part in text
 
 
 def test_text_stays_text() -> None:

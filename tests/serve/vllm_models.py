@@ -29,6 +29,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen2_moe": ("qwen2_moe", {**_HEADS, "moe_intermediate_size": 128}),
     "mixtral": ("mixtral", {**_HEADS, "intermediate_size": 128}),
+    "olmoe": ("olmoe", {**_HEADS}),
     "demo": (
         "qwen3_moe",
         {
