@@ -107,6 +107,7 @@ def test_it_is_what_transformers_marks_where_a_template_can_be_asked() -> None:
             "refuses a conversation .*only user",
         ),
         ("{{ messages[0].nothing.at.all }}", TALK, "refuses a conversation"),
+        ("{% for x in range(10**9) %}x{% endfor %}", TALK, "refuses a conversation .*OverflowError"),
         ("{{ ().__class__.__base__.__subclasses__() }}", TALK, "refuses a conversation .*Security"),
     ],
 )

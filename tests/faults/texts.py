@@ -80,8 +80,8 @@ CONTENTS: dict[str, bytes] = {
 }
 _CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
 TEMPLATES = (
-    _CHAT, _CHAT, _CHAT, "", "{{", "{{ messages[99].content }}", "{{ raise_exception('no') }}", "{{ 10 ** 10 ** 8 }}",
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{% for a in range(10**9) %}x{% endfor %}", "{{ 'x' * 10**10 }}",
+    _CHAT, _CHAT, _CHAT, "", "{{", "{{ messages[99].content }}", "{{ raise_exception('no') }}", "{{ 1 / 0 }}",
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{% for a in range(10**9) %}x{% endfor %}", "{{ messages.clear() }}",
     "{% include '/etc/passwd' %}", "{% set ns = namespace(x=1) %}{{ cycler.__init__.__globals__.os.system('touch stray') }}",
 )  # fmt: skip
 
