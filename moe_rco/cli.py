@@ -92,6 +92,14 @@ _set_option = click.option(
     metavar="KEY=VALUE",
     help="Change a key of the recipe; can be repeated.",
 )
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print the same as JSON.")
+
+
+def _print_json(value: Any) -> None:
+    """A dataclass, a model of pydantic's, or what is made of them."""
+    from pydantic import TypeAdapter
+
+    click.echo(TypeAdapter(Any).dump_json(value, indent=2).decode())
 
 
 @click.group(
@@ -123,9 +131,15 @@ def app() -> None:
 @_set_option
 @click.option("--overwrite", is_flag=True, help="Replace the output directory if it exists.")
 @click.option("--dry-run", is_flag=True, help="Show sizes, memory and settings, and stop.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print the report as JSON; for several budgets, all by their directory.",
+)
 @_debug_option
 def prune(
-    recipe: str, output: str | None, overrides: tuple[str, ...], overwrite: bool, dry_run: bool
+    recipe: str, output: str | None, overrides: tuple[str, ...], overwrite: bool, dry_run: bool, as_json: bool
 ) -> None:
     """Choose, quantise, write, reload and measure, as a recipe says."""
     from moe_rco.recipe import load
@@ -140,9 +154,8 @@ def prune(
     from moe_rco.curve import Curve
 
     if dry_run:
-        console.show_preflight(
-            pipeline.preflight(loaded, progress=console.RichProgress(), overwrite=overwrite)
-        )
+        found = pipeline.preflight(loaded, progress=console.RichProgress(), overwrite=overwrite)
+        (_print_json if as_json else console.show_preflight)(found)
         return
     progress = console.RichProgress() if leads() else None
     told = console.show_forecast
@@ -150,11 +163,15 @@ def prune(
     if not leads():
         return
     if len(reports) == 1:
-        console.show_summary(reports[0])
+        (_print_json if as_json else console.show_summary)(reports[0])
+        return
+    names = [point.directory for point in Curve.load(Path(loaded.output)).points]
+    named = dict(zip(names, reports, strict=True))
+    if as_json:
+        _print_json(named)
     else:
-        names = [point.directory for point in Curve.load(Path(loaded.output)).points]
         console.show_comparison(
-            dict(zip(names, reports, strict=True)),
+            named,
             f"Written to {loaded.output}: a model and its report in each directory, the curve in curve.json and curve.svg, "
             f"and a page for your browser: {loaded.output}/{page.FILE_NAME}",
         )
@@ -162,7 +179,7 @@ def prune(
 
 @app.command(epilog=_example("moe-rco status out/demo", "moe-rco status out/demo --json"))
 @click.argument("directory")
-@click.option("--json", "as_json", is_flag=True, help="Print the same as JSON.")
+@_json_option
 @_debug_option
 def status(directory: str, as_json: bool) -> None:
     """Show how far a run of `prune` is, whether or not it is running.
@@ -173,7 +190,7 @@ def status(directory: str, as_json: bool) -> None:
 
     found = progress.status(directory)
     if as_json:
-        click.echo(found.model_dump_json(indent=2))
+        _print_json(found)
     else:
         console.show_status(found)
 
@@ -187,7 +204,7 @@ def status(directory: str, as_json: bool) -> None:
 )
 @click.argument("directory")
 @click.option("--original", metavar="DIR", help="Compare what was not to change with this model, too.")
-@click.option("--json", "as_json", is_flag=True, help="Print the same as JSON.")
+@_json_option
 @_debug_option
 def verify(directory: str, original: str | None, as_json: bool) -> None:
     """Check every byte of what `prune` wrote, and that it still computes what it did.
@@ -199,7 +216,7 @@ def verify(directory: str, original: str | None, as_json: bool) -> None:
 
     found = integrity.verify(directory, original, console.RichProgress())
     if as_json:
-        click.echo(json.dumps([verification.model_dump() for verification in found], indent=2))
+        _print_json(found)
     else:
         show_verification(found)
     wrong = [verification.directory for verification in found if not verification.passed]
@@ -228,9 +245,7 @@ def compare(directories: tuple[str, ...], output: str, as_json: bool) -> None:
 
     reports = comparison.collect(directories)
     if as_json:
-        click.echo(
-            json.dumps({name: report.model_dump(mode="json") for name, report in reports.items()}, indent=2)
-        )
+        _print_json(reports)
         return
     comparison.write(Path(output), reports)
     console.show_comparison(reports, f"Written to {output}, a page for your browser.")
@@ -254,15 +269,16 @@ def validate(recipe: str, overrides: tuple[str, ...]) -> None:
 
 @app.command(epilog=_example("moe-rco inspect /models/Qwen3-30B-A3B", "moe-rco inspect out/demo"))
 @click.argument("directory")
+@_json_option
 @_debug_option
-def inspect(directory: str) -> None:
+def inspect(directory: str, as_json: bool) -> None:
     """Show layers, experts, options and bytes of a model directory.
 
     DIRECTORY holds an original mixture-of-experts model or what `prune` wrote.
     """
     from moe_rco import console, inspection
 
-    console.show_inspect(inspection.inspect(directory))
+    (_print_json if as_json else console.show_inspect)(inspection.inspect(directory))
 
 
 @app.command(
@@ -300,8 +316,9 @@ def init(model_dir: str, output: str | None) -> None:
 @click.argument("directory")
 @click.argument("vllm_options", nargs=-1, type=click.UNPROCESSED)
 @click.option("--dry-run", is_flag=True, help="Show what memory it takes, and stop.")
+@_json_option
 @_debug_option
-def serve(directory: str, vllm_options: tuple[str, ...], dry_run: bool) -> None:
+def serve(directory: str, vllm_options: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
     """Check a model's files and memory, then run `vllm serve` on it.
 
     DIRECTORY holds what `prune` wrote, or any supported model. Every option that is not ours goes to vLLM.
@@ -309,7 +326,7 @@ def serve(directory: str, vllm_options: tuple[str, ...], dry_run: bool) -> None:
     from moe_rco import console, serving
 
     plan = serving.plan_serving(directory, vllm_options)
-    console.show_serving(plan)
+    (_print_json if as_json else console.show_serving)(plan)
     if not dry_run:
         serving.start(plan)
 
@@ -358,9 +375,15 @@ def serve(directory: str, vllm_options: tuple[str, ...], dry_run: bool) -> None:
 )
 @click.option("--allow-code", is_flag=True, help="Allow tasks that run code written by the model.")
 @click.option("--output", metavar="DIR", help="Where lm-eval's output goes, instead of DIRECTORY/eval.")
+@_json_option
 @_debug_option
 def eval_(
-    directory: str, tasks: tuple[str, ...], baseline: str | None, no_baseline: bool, **options: Any
+    directory: str,
+    tasks: tuple[str, ...],
+    baseline: str | None,
+    no_baseline: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Score a model with lm-eval, beside the original it was made from.
 
@@ -389,7 +412,7 @@ def eval_(
         progress=console.RichProgress(),
         say=lambda line: click.echo(line, err=True),
     )
-    show_scores(outcome)
+    (_print_json if as_json else show_scores)(outcome)
 
 
 def main() -> None:

@@ -15,7 +15,9 @@ from click.testing import CliRunner, Result
 
 from moe_rco import _version, cli, recipe
 from moe_rco.errors import ModelError
+from moe_rco.report import Report
 from tests.conftest import MINIMAL
+from tests.reports import report
 from tests.tiny_models import save_tiny
 
 COMMANDS = sorted(cli.app.commands)
@@ -284,3 +286,41 @@ def test_a_dry_run_counts_the_text_that_is_there(tmp_path: Path) -> None:
     assert "fewer than the 100000000 asked for" in result.output
     memory = next(line for line in result.output.splitlines() if line.startswith("memory"))
     assert "GiB" in memory
+
+
+@pytest.mark.parametrize("command", ["compare", "eval", "inspect", "prune", "serve", "status", "verify"])
+def test_what_prints_a_table_prints_json_too(command: str) -> None:
+    assert "--json" in run(command, "--help").stdout
+
+
+def test_inspect_and_a_dry_run_as_json(tmp_path: Path) -> None:
+    model = save_tiny("qwen3_moe", tmp_path / "model")
+    found = json.loads(run("inspect", model, "--json").stdout)
+    assert (found["num_experts"], found["top_k"], found["directory"]) == (8, 2, str(model))
+    assert {option for layer in found["layers"] for option in layer["options"]} == {"bf16"}
+    sets = ("calibration.sequences=8", "calibration.sequence_length=64", f"output={tmp_path / 'out'}")
+    dry = run(
+        "prune", "--recipe", "demo", "--dry-run", "--json", *(part for s in sets for part in ("--set", s))
+    )
+    told = json.loads(dry.stdout)
+    assert told["budgets"][0]["bytes"] * 4 == told["experts_before"]
+    assert sum(part["sequences"] for part in told["text"]) == told["sequences"]
+
+
+def test_a_report_as_json(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from moe_rco import pipeline
+
+    monkeypatch.setattr(pipeline, "prune_all", lambda *arguments, **options: [report()])
+    found = run("prune", "--recipe", "demo", "--json", "--output", tmp_path / "out")
+    assert Report.model_validate_json(found.stdout) == report()
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_can_complete(shell: str) -> None:
+    script = run_process(_MOE_RCO_COMPLETE=f"{shell}_source")
+    assert script.returncode == 0
+    assert "moe-rco" in script.stdout
+    words = {"bash": {"COMP_WORDS": "moe-rco pru", "COMP_CWORD": "1"}}.get(shell)
+    if words is not None:
+        found = run_process(_MOE_RCO_COMPLETE="bash_complete", **words)
+        assert found.stdout.split(",")[-1].strip() == "prune"
