@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe_rco.adapters import Adapter
-from moe_rco.adapters.base import Config
+from moe_rco.adapters.base import Config, get_field
 from moe_rco.budget import Fit
 from moe_rco.calib.refusals import REFUSALS, reason
 from moe_rco.errors import BudgetError, ModelError
@@ -30,11 +30,17 @@ ITEM = 2
 
 
 def kv_bytes(config: Config, tensor_parallel: int = 1, itemsize: int = ITEM) -> int:
-    """Bytes of keys and values of one token on one of the GPUs that share the heads, all layers."""
-    heads = int(config["num_attention_heads"])
+    """Bytes of keys and values of one token on one of the GPUs that share the heads, all layers. Raises ModelError."""
+    heads = int(get_field(config, "num_attention_heads"))
     kv_heads = int(config.get("num_key_value_heads") or heads)
-    head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
-    return 2 * int(config["num_hidden_layers"]) * max(1, kv_heads // tensor_parallel) * head_dim * itemsize
+    head_dim = int(config.get("head_dim") or get_field(config, "hidden_size") // heads)
+    return (
+        2
+        * int(get_field(config, "num_hidden_layers"))
+        * max(1, kv_heads // tensor_parallel)
+        * head_dim
+        * itemsize
+    )
 
 
 def batched_tokens(gpu_memory: int) -> int:

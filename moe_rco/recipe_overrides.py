@@ -18,9 +18,9 @@ def apply_overrides(document: Document, overrides: Sequence[str]) -> None:
         path = tuple(part.strip() for part in key.split("."))
         if not equals or not all(path):
             raise RecipeError(f"{source}: write key=value, as in --set search.steps=100")
-        form = len(path) == 2 and path[0] == "budget" and path[1] in FORMS
+        form = path[1] if path[0] == "budget" and path[1:2] and path[1] in FORMS else None
         if form and not isinstance(document.data.get("budget"), dict):
-            document.data["budget"] = None  # a list, or a short form such as 35%, is replaced as a whole
+            document.data.update(budget=None)  # a list, or a short form such as 35%, is replaced as a whole
         section = document.data
         for depth, part in enumerate(path[:-1], start=1):
             if section.get(part) is None:
@@ -32,12 +32,12 @@ def apply_overrides(document: Document, overrides: Sequence[str]) -> None:
                 raise RecipeError(f"{source}: {above} has no keys of its own; set it as a whole")
         if form:
             # Another form than the file's is a change of mind; two on the command line are a contradiction.
-            for other in FORMS:
-                if other != path[1] and ("budget", other) in set_here:
+            for other in (name for name in FORMS if name != form):
+                if any(earlier[:2] == ("budget", other) for earlier in set_here):
                     raise RecipeError(
-                        f"{source}: budget: two budget forms, '{other}' and '{path[1]}'; keep one of them"
+                        f"{source}: budget: two budget forms, '{other}' and '{form}'; keep one of them"
                     )
-                section.pop(other, None)
+                document.data["budget"].pop(other, None)
         section[path[-1]] = parse_value(value, source)
         set_here.add(path)
         for inside in [mark for mark in document.marks if mark[: len(path)] == path]:

@@ -48,6 +48,12 @@ def test_what_transformers_refuses_is_told() -> None:
         capacity.model_numel(QWEN3_30B_A3B | {"num_attention_heads": "many"})
 
 
+def test_a_configuration_without_heads_is_told() -> None:
+    config = {key: value for key, value in QWEN3_30B_A3B.items() if key != "num_attention_heads"}
+    with pytest.raises(ModelError, match="no 'num_attention_heads'"):
+        room(Fit(gpu_memory=24 * 10**9), config)
+
+
 def test_the_demo_s_own_files() -> None:
     checkpoint = Checkpoint(DEMO_MODEL)
     numel = sum(tensor.nbytes for tensor in checkpoint.tensors.values()) // 2

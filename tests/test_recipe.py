@@ -363,3 +363,16 @@ def test_a_file_that_is_far_too_long_is_not_read(tmp_path: Path) -> None:
         file.truncate(1 << 40)  # takes no room on the disk
     with pytest.raises(RecipeError, match="is not a recipe"):
         load(path)
+
+
+def test_a_part_of_fit_is_another_form_than_the_recipe_s() -> None:
+    changed = parse(MINIMAL, overrides=["budget.fit.gpu_memory=24GB", "budget.fit.max_num_seqs=2"])
+    (budget,) = changed.budget
+    assert budget.fit is not None
+    assert (budget.ratio, budget.fit.gpu_memory, budget.fit.max_num_seqs) == (None, 24 * 10**9, 2)
+    (again,) = parse(changed.to_yaml(), overrides=["budget.fit.max_model_len=64"]).budget
+    assert again.fit == budget.fit.model_copy(update={"max_model_len": 64})
+    with pytest.raises(RecipeError, match="two budget forms, 'fit' and 'ratio'"):
+        parse(MINIMAL, overrides=["budget.fit.gpu_memory=24GB", "budget.ratio=0.5"])
+    with pytest.raises(RecipeError, match=r"fit\.max_modellen: unknown key; did you mean 'max_model_len'"):
+        parse(MINIMAL, overrides=["budget.fit.max_modellen=24"])
