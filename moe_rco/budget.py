@@ -41,7 +41,7 @@ class Fit(_Spec):
     @classmethod
     def _memory_alone(cls, value: Any) -> Any:
         if isinstance(value, int | float):
-            raise ValueError(f"write the memory of a GPU with its unit, as in {value}GB")
+            raise ValueError(f"write the memory of a GPU with its unit, as in {value or 24}GB")
         return {"gpu_memory": value} if isinstance(value, str) else value
 
     @property

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moe_rco.calib.measure import Score
 from moe_rco.errors import PlanError
-from moe_rco.files import check_regular
+from moe_rco.files import check_regular, first_complaint
 from moe_rco.types import Budget, Layout, Room
 from moe_rco.units import format_size
 
@@ -328,8 +328,10 @@ class Report(_Part):
             report = cls.model_validate_json(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise PlanError(f"{path}: cannot be read: {error.strerror}") from error
-        except (ValidationError, UnicodeDecodeError) as error:
-            raise PlanError(f"{path}: not a report of this version: {str(error).splitlines()[0]}") from error
+        except UnicodeDecodeError as error:
+            raise PlanError(f"{path}: not text: {error}") from error
+        except ValidationError as error:
+            raise PlanError(f"{path}: not a report of this version: {first_complaint(error)}") from error
         report.check()
         return report
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from moe_rco import page
 from moe_rco.ckpt.locate import fetch_model
+from moe_rco.ckpt.manifest import check_quickly
 from moe_rco.ckpt.reader import Checkpoint
 from moe_rco.ckpt.rewrite import RECIPE
 from moe_rco.errors import ModelError, OutputError, ScoringError
@@ -62,6 +63,7 @@ def evaluate(
     `say` is told what happens in one line each. Raises ScoringError, ModelError, OutputError, PlanError.
     """
     model = Checkpoint(directory, allow_quantized=True)
+    check_quickly(model.directory, model.config.get("quantization_config"))
     report = Report.load(model.directory) if (model.directory / FILE_NAME).is_file() else None
     if report is None and output is None:
         raise OutputError(f"{directory} has no {FILE_NAME} to write scores into; say where with --output DIR")

@@ -55,11 +55,14 @@ def _score(request: Request, destination: Path) -> None:
         _end(child)
         raise
     error = request.directory / ERROR
-    if error.is_file():
-        raise ScoringError(error.read_text(encoding="utf-8"))
+    said = error.read_text(encoding="utf-8") if error.is_file() else ""
+    if code == ScoringError.exit_code:
+        raise ScoringError(said)
     if code:
         log = destination.with_name(f"{destination.name}.{LOG}")
         shutil.copy(request.directory / LOG, log)
+        if said:
+            raise ScoringError(f"{said} (log: {log})")
         raise RuntimeError(f"scoring {request.model} failed: {_last_line(log)} (log: {log})")
 
 

@@ -15,6 +15,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from moe_rco.calib.refusals import REFUSALS, reason
 from moe_rco.errors import ScoringError, UserError
 from moe_rco.scoring.files import ERROR, LOG, Request
 from moe_rco.scoring.results import write
@@ -23,10 +24,15 @@ from moe_rco.scoring.tasks import load_tasks
 _SECRET = re.compile("token$|key$|secret|password", re.IGNORECASE)
 
 
+class RefusalError(Exception):
+    """What a library would not do; its traceback, in the log, may say more."""
+
+
 def score(request: Request) -> None:
     """Score the request's model and write lm-eval's results and samples into its directory.
 
-    Raises ScoringError for tasks that do not exist or whose data cannot be had, before the model is loaded.
+    Raises ScoringError for tasks that do not exist or whose data cannot be had, before the model is loaded; RefusalError for files
+    that the backend cannot load, and for tasks that lm-eval finds the model unable to do.
     """
     settings = request.settings
     manager, tasks = load_tasks(settings, request.model)
@@ -40,10 +46,14 @@ def score(request: Request) -> None:
     try:
         try:
             model = get_model(settings.backend).create_from_arg_obj(arguments, shared)
-        except (TypeError, ValueError) as error:
-            if not settings.given_args:
-                raise
-            raise ScoringError(f"--model-arg: {settings.backend} refuses: {_first_line(error)}") from error
+        except torch.OutOfMemoryError:
+            raise
+        except REFUSALS as error:
+            if settings.given_args and isinstance(error, TypeError | ValueError):
+                raise ScoringError(
+                    f"--model-arg: {settings.backend} refuses: {_first_line(error)}"
+                ) from error
+            raise RefusalError(f"{settings.backend} cannot load {request.model}: {reason(error)}") from error
         results: Any = simple_evaluate(
             model,
             tasks=tasks,
@@ -60,6 +70,10 @@ def score(request: Request) -> None:
             f"{request.model} does not fit into the memory of {settings.device} with these settings; "
             "try a smaller --batch-size, or --model-arg dtype=bfloat16"
         ) from error
+    except (AssertionError, ValueError) as error:
+        if not _said_by("lm_eval", error):
+            raise
+        raise RefusalError(f"lm-eval cannot score {request.model} so: {_first_line(error)}") from error
     # Given a model object, lm-eval does not know what it was made from.
     results["config"] |= {"model": settings.backend, "model_args": without_secrets(arguments)}
     write(request.directory, results)
@@ -79,6 +93,9 @@ def main() -> int:
     except UserError as error:
         (request.directory / ERROR).write_text(str(error), encoding="utf-8")
         return error.exit_code
+    except RefusalError as error:
+        (request.directory / ERROR).write_text(str(error), encoding="utf-8")
+        raise
     return 0
 
 
@@ -101,6 +118,12 @@ def _only_bars_on_screen(log: Path) -> None:
     sys.excepthook = lambda kind, error, trace: traceback.print_exception(kind, error, trace, file=file)
     logging.basicConfig(stream=file, level=logging.WARNING)
     logging.captureWarnings(True)
+
+
+def _said_by(package: str, error: BaseException) -> bool:
+    """Whether an error was raised by a package's own code, not by what it calls."""
+    names = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(names) and names[-1].partition(".")[0] == package
 
 
 def _first_line(error: BaseException) -> str:

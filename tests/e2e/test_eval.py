@@ -21,6 +21,7 @@ from moe_rco.recipe import DEMO_MODEL
 from moe_rco.report import Report
 from tests.compressed import random_job
 from tests.e2e.test_prune import command
+from tests.forging import change_json
 from tests.reports import report
 
 TASKS = ("demo_arithmetic", "demo_choice_code", "demo_text_arithmetic")
@@ -197,3 +198,26 @@ def test_another_model_than_the_original_is_not_compared_silently(compressed: Pa
     assert result.exit_code == 2, result.output
     assert "not, or no longer, the model that this one was made from" in result.stderr
     assert not (tmp_path / "eval").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"max_position_embeddings": 64}, "lm-eval cannot score {}/model so: Invalid configuration: requested max"),
+        ({"use_sliding_window": 3}, "hf cannot load {}/model: StrictDataclassFieldValidationError"),
+    ],
+)  # fmt: skip
+def test_what_a_library_refuses_is_said_and_its_log_kept(
+    entry: dict[str, int], message: str, tmp_path: Path
+) -> None:
+    shutil.copytree(DEMO_MODEL, tmp_path / "model")
+    change_json(tmp_path / "model" / "config.json", lambda config: config.update(entry))
+    process = start(tmp_path, tmp_path / "model", "--output", tmp_path / "out", *options(TASKS[:1], limit=1))
+    _, errors = process.communicate(timeout=280)
+    assert process.returncode == 2, errors
+    last = errors.splitlines()[-1]
+    assert message.format(tmp_path) in last
+    log = Path(last.rpartition("(log: ")[2].removesuffix(")"))
+    assert "Traceback" in log.read_text()
+    assert list((tmp_path / "out").rglob("*")) == [log.parent, log]

@@ -25,7 +25,7 @@ from tests.faults.watch import watch
 SECONDS = 60
 ROOM = 2 << 30
 """Bytes that a command may take beside what is loaded already."""
-OUTPUTS = ("out", "out.work")
+OUTPUTS = ("out", "out.work", "done/eval")
 """What a command may make or change in its directory."""
 
 
@@ -33,7 +33,8 @@ OUTPUTS = ("out", "out.work")
 class Case:
     """One thing that is wrong. `make` changes a fresh copy of the directory `base` and returns the command's arguments.
 
-    `refused` tells that the command must not end well; otherwise it may, as what is changed may do no harm.
+    `refused` tells that the command must not end well; otherwise it may, as what is changed may do no harm. `starts` is the
+    module that it may run in a process of its own, `writes` what it may change beside its outputs where it ends well.
     """
 
     kind: str
@@ -42,6 +43,8 @@ class Case:
     make: Callable[[Path, random.Random], list[str]]
     refused: bool = False
     check: Callable[[Path], str] = lambda place: ""
+    starts: str = ""
+    writes: tuple[str, ...] = ()
 
 
 def judged(case: Case, seed: int, place: Path) -> str:
@@ -54,7 +57,7 @@ def judged(case: Case, seed: int, place: Path) -> str:
     watched.write_bytes(b"")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    code, seconds = _run(lambda: _command(arguments, place, temporary, log, watched))
+    code, seconds = _run(lambda: _command(arguments, place, temporary, log, watched, case.starts))
     said = log.read_text(encoding="utf-8", errors="replace")
     wrong = _wrong(case, code, seconds, said, before, _state(place))
     seen = watched.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -84,11 +87,11 @@ def _wrong(
     errors = [line for line in said.splitlines() if line.lower().startswith("error: ")]
     if code == 2 and (len(errors) != 1 or len(errors[0]) < 20 or errors[0] != last[0]):
         return f"was refused with {len(errors)} messages: {last[0][:200]}"
-    ours = ("", *(f"{name}/" for name in OUTPUTS))
+    ours = (*(f"{name}/" for name in OUTPUTS), *(case.writes if code == 0 else ()))
     changed = {
         name
         for name in before.keys() | after.keys()
-        if before.get(name) != after.get(name) and name not in OUTPUTS and not name.startswith(ours[1:])
+        if before.get(name) != after.get(name) and name not in OUTPUTS and not name.startswith(ours)
     }
     if changed:
         return f"changed {min(changed)}"
@@ -119,7 +122,9 @@ def _run(command: Callable[[], int]) -> tuple[int, float]:
         time.sleep(0.002)
 
 
-def _command(arguments: list[str], place: Path, temporary: Path, log: Path, watched: Path) -> int:
+def _command(
+    arguments: list[str], place: Path, temporary: Path, log: Path, watched: Path, starts: str
+) -> int:
     with log.open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -131,7 +136,7 @@ def _command(arguments: list[str], place: Path, temporary: Path, log: Path, watc
     sys.excepthook = cli._report_fault  # as the installed command has it: no traceback unless asked for
     limit = psutil.Process().memory_info().vms + ROOM
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    watch((place, temporary), place, watched)
+    watch((place, temporary), place, watched, starts)
     try:
         cli.app(arguments, prog_name="moe-rco")
     except SystemExit as end:

@@ -12,6 +12,7 @@ from tests.faults.judge import Case
 from tests.faults.values import NASTY, damage, edit_json, replace
 from tests.forging import change_json, sign
 
+WORKER = "moe_rco.scoring.worker"
 FILES = ("plan.json", "report.json", "manifest.json", "config.json")
 
 
@@ -24,6 +25,7 @@ def cases(base: Path, several: Path, count: int, rng: random.Random) -> list[Cas
         Case("output", "changed, verified", base, _verify, refused=True),
         Case("output", "changed, read", base, _read),
         Case("output", "curve", several, _curve),
+        Case("output", "changed, scored", base, _scored, starts=WORKER, writes=("done/",)),
     )
     return [kinds[number % len(kinds)] for number in range(count)]
 
@@ -57,8 +59,15 @@ def _read(place: Path, rng: random.Random) -> list[str]:
             ["status", "done"],
             ["serve", "done", "--dry-run"],
             ["status", "done", "--json"],
+            ["compare", "done", "--output", "out/page.html"],
         )
     )
+
+
+def _scored(place: Path, rng: random.Random) -> list[str]:
+    """Damage that is seen when the model is loaded, if not before."""
+    _change(place, rng)
+    return ["eval", "done", "--tasks", "demo_text_prose", "--limit", "1", "--no-baseline"]
 
 
 def _forged(place: Path, rng: random.Random) -> list[str]:

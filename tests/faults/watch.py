@@ -27,9 +27,10 @@ _CHANGED = {
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
-def watch(allowed: Sequence[Path], inputs: Path, log: Path) -> None:
+def watch(allowed: Sequence[Path], inputs: Path, log: Path, starts: str = "") -> None:
     """From now on note in `log`, a line each, what this process does to files that are not below `allowed`, and what code of
-    `inputs` it runs. It cannot be undone: for a process that is to end.
+    `inputs` it runs. Another Python may be started for the module `starts`. It cannot be undone: for a process that is to
+    end.
     """
     note = _noting(log)
     places = [os.path.realpath(path) for path in allowed]
@@ -43,10 +44,10 @@ def watch(allowed: Sequence[Path], inputs: Path, log: Path) -> None:
         elif event in _CHANGED:
             for path, directory in _CHANGED[event]:
                 note_outside(event, arguments[path], None if directory is None else arguments[directory])
-        elif (event in _STARTED or event in _NETWORK) and arguments[:1] != (
-            "uname",
-        ):  # platform.platform() does
-            note(f"{event} {arguments[:2]}")
+        elif event in _STARTED or event in _NETWORK:
+            ours = event == "subprocess.Popen" and starts and arguments[1] == [sys.executable, "-m", starts]
+            if not ours and arguments[:1] != ("uname",):  # platform.platform() does
+                note(f"{event} {arguments[:2]}")
         elif event == "exec" and str(getattr(arguments[0], "co_filename", "")).startswith(code):
             note(f"ran {arguments[0].co_filename}")
         elif event == "pickle.find_class" and not _is_of_numba():
