@@ -31,8 +31,8 @@ class RefusalError(Exception):
 def score(request: Request) -> None:
     """Score the request's model and write lm-eval's results and samples into its directory.
 
-    Raises ScoringError for tasks that do not exist or whose data cannot be had, before the model is loaded; RefusalError for files
-    that the backend cannot load, and for tasks that lm-eval finds the model unable to do.
+    Raises ScoringError for tasks that do not exist or whose data cannot be had, before the model is loaded; RefusalError for
+    files that the backend cannot load, and for tasks that lm-eval finds the model unable to do.
     """
     settings = request.settings
     manager, tasks = load_tasks(settings, request.model)
