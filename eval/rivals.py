@@ -13,7 +13,8 @@ from eval.prepared import Lines, Subject
 from moe_rco.baselines import SCALES, OutputErrors, output_errors, proxy, prune_lowest, uniform
 from moe_rco.calib.search import knapsack
 from moe_rco.pipeline import choose
-from moe_rco.recipe import Recipe, SearchMethod
+from moe_rco.recipe import Recipe
+from moe_rco.recipe_sections import SearchMethod
 from moe_rco.types import Assignment, Budget, Option
 
 Variants = Mapping[str, Assignment]

@@ -21,7 +21,7 @@ from eval.posed import options, pose
 from eval.prepared import Lines, inputs_of, recipe_of
 from eval.results_file import Results
 from moe_rco.calib.search import REFINED, SEED, find
-from moe_rco.recipe import SearchMethod
+from moe_rco.recipe_sections import SearchMethod
 
 PROBLEMS = {
     "prune or bf16, 50 %": (["options=[prune,bf16]"], 0.5),

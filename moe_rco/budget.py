@@ -16,33 +16,39 @@ from moe_rco.units import exact_size, format_size, parse_size
 FORMS = ("bytes", "ratio", "avg_bits", "fit")
 _FORMS_TEXT = "bytes (as in 12MiB), ratio (as in 0.35), avg_bits (as in 4.25) or fit (as in 24GB)"
 
-Size = Annotated[int, BeforeValidator(parse_size)]
+Size = Annotated[int, BeforeValidator(parse_size, json_schema_input_type=int | str)]
 _PERCENT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*")
 
 
 class _Spec(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+def _memory_alone(value: Any) -> Any:
+    if isinstance(value, int | float):
+        raise ValueError(f"write the memory of a GPU with its unit, as in {value or 24}GB")
+    return {"gpu_memory": value} if isinstance(value, str) else value
 
 
 class Fit(_Spec):
     """GPUs, and what is to be served on them, by the names of vLLM's options.
 
     Routed experts get the bytes that other weights, the KV cache of `max_num_seqs` sequences of `max_model_len` tokens,
-    and activations leave. `gpu_memory` is one GPU's; a card sold as 24 GB has 24GB at least, but not 24GiB.
+    and activations leave. The memory alone may be given, as in `fit: 24GB`.
     """
 
     gpu_memory: Size
+    """Of one GPU. A card sold as 24 GB has 24GB at least, but not 24GiB."""
     max_model_len: int = Field(default=8192, ge=1, le=10**9)
+    """Tokens of a sequence, prompt and answer."""
     max_num_seqs: int = Field(default=4, ge=1, le=10**6)
+    """Sequences at once."""
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    """The share of its memory that vLLM may take."""
     tensor_parallel_size: int = Field(default=1, ge=1, le=1024)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _memory_alone(cls, value: Any) -> Any:
-        if isinstance(value, int | float):
-            raise ValueError(f"write the memory of a GPU with its unit, as in {value or 24}GB")
-        return {"gpu_memory": value} if isinstance(value, str) else value
+    """GPUs that share the model."""
 
     @property
     def text(self) -> str:
@@ -72,15 +78,19 @@ class Fit(_Spec):
 class BudgetSpec(_Spec):
     """Exactly one of four ways to say how many bytes the routed experts may take on disk.
 
-    `bytes` is that number. `ratio` is a fraction of what they take in the model as given. `avg_bits` is bits
-    per original weight of a routed expert, scales and everything else that is written included. `fit` names the GPU that
-    the model is to be served on. The texts `35%` and `20GiB` are short for a ratio and for bytes.
+    The texts `35%` and `20GiB` are short for a ratio and for bytes.
     """
 
     bytes: Size | None = None
+    """So many, with a unit as in `20GiB` or `20GB`."""
     ratio: float | None = Field(default=None, gt=0, le=1)
+    """A fraction of what they take in the model as given."""
     avg_bits: float | None = Field(default=None, gt=0, le=64)
-    fit: Fit | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Bits for each original weight of a routed expert, scales and all else that is written included."""
+    fit: Annotated[Fit | None, BeforeValidator(_memory_alone, json_schema_input_type=Fit | str | None)] = (
+        Field(default=None, exclude_if=lambda value: value is None)
+    )
+    """What is left of the GPU that the model is to be served on."""
 
     @model_validator(mode="before")
     @classmethod

@@ -22,7 +22,8 @@ from moe_rco.curve import Curve
 from moe_rco.errors import OutputError
 from moe_rco.optim.solve import BACKWARD, evolution_steps
 from moe_rco.plan import costs_digest
-from moe_rco.recipe import Recipe, Search
+from moe_rco.recipe import Recipe
+from moe_rco.recipe_sections import Search
 from moe_rco.report import FILE_NAME as REPORT
 from moe_rco.report import Report
 from moe_rco.types import Budget, CostTable

@@ -5,16 +5,12 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainSerializer,
     PlainValidator,
@@ -25,10 +21,20 @@ from pydantic import (
 )
 
 from moe_rco import marked_yaml
-from moe_rco.budget import BudgetSpec, Size
+from moe_rco.budget import BudgetSpec
 from moe_rco.errors import RecipeError
 from moe_rco.recipe_errors import MisplacedError, explain
 from moe_rco.recipe_overrides import apply_overrides
+from moe_rco.recipe_sections import (
+    Calibration,
+    Execution,
+    Quantizer,
+    Search,
+    Section,
+    as_tuple,
+    mode_or_section,
+    or_defaults,
+)
 from moe_rco.types import Layout, Option
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -36,6 +42,7 @@ DEMO = "demo"
 DEMO_MODEL = _PACKAGE / "demo" / "model"
 DEMO_CALIBRATION = _PACKAGE / "demo" / "text" / "calibration.jsonl"
 DEMO_HELDOUT = _PACKAGE / "demo" / "text" / "heldout.jsonl"
+_OPTIONS = r"^(prune|bf16|int(2|3|4|8)(-g[1-9][0-9]*)?)$"
 
 
 def _option(value: object) -> Option:
@@ -47,17 +54,6 @@ def _option(value: object) -> Option:
         return Option.parse(value)
     except RecipeError as error:
         raise ValueError(str(error)) from error
-
-
-def _tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _sources(value: object) -> object:
-    listed = (value,) if isinstance(value, str | dict) else _tuple(value)
-    if not isinstance(listed, tuple):
-        return listed
-    return tuple({"data": item} if isinstance(item, str) else item for item in listed)
 
 
 def _budgets(value: object) -> object:
@@ -76,160 +72,62 @@ def _version(value: object) -> object:
     return value
 
 
-def _device(value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]+)?", value):
-        raise ValueError(f"must be auto, cpu, mps, cuda or a numbered GPU as in cuda:1, not '{value}'")
-    return value
-
-
-def _or_defaults(value: object) -> object:
-    """A section whose every key is commented out reads as null."""
-    return {} if value is None else value
-
-
-def _execution(value: object) -> object:
-    """`execution: streaming` says the mode alone."""
-    return {"mode": value} if isinstance(value, str) else _or_defaults(value)
-
-
-def _is_none(value: object) -> bool:
-    """Whether a key that came later is left out, so that digests of older recipes stay what they were."""
-    return value is None
-
-
-MOST = 10**9
-"""No count in a recipe is larger."""
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class Quantizer(_Section):
-    """How weights are rounded: `gptq` compensates errors on calibration tokens, `rtn` rounds to nearest."""
-
-    method: Literal["gptq", "rtn"] = "gptq"
-
-
-class DataSource(_Section):
-    """A Hub dataset, a .jsonl, .parquet or .txt file, or `demo`; `weight` is its share of all.
-
-    `name` and `split` are those of `datasets.load_dataset`, for a Hub dataset. `text_field` is where its text or its
-    conversations are, if elsewhere than in the others'.
-    """
-
-    data: str = Field(min_length=1)
-    weight: float = Field(default=1.0, gt=0)
-    name: str | None = Field(default=None, min_length=1, exclude_if=_is_none)
-    split: str = Field(default="train", min_length=1, exclude_if=lambda split: split == "train")
-    text_field: str | None = Field(default=None, min_length=1, exclude_if=_is_none)
-
-
-class Calibration(_Section):
-    """The text the choice is made on. `holdout` is the fraction of sequences never used for gradients."""
-
-    data: Annotated[tuple[DataSource, ...], BeforeValidator(_sources), Field(min_length=1)]
-    sequences: int = Field(default=512, ge=2, le=MOST)
-    sequence_length: int = Field(default=2048, ge=8, le=MOST)
-    holdout: float = Field(default=0.1, gt=0, lt=1)
-    text_field: str = Field(default="text", min_length=1)
-
-    @property
-    def holdout_sequences(self) -> int:
-        """Sequences kept out of the gradient: at least one, and at least one is left."""
-        return min(max(1, round(self.sequences * self.holdout)), self.sequences - 1)
-
-    @property
-    def tokens(self) -> int:
-        return self.sequences * self.sequence_length
-
-
-SearchMethod = Literal[
-    "rco",
-    "fisher",
-    "proxy",
-    "linearity",
-    "uniform",
-    "frequency",
-    "reap",
-    "evolution",
-    "penalty",
-    "lagrangian",
-]
-
-
-class Search(_Section):
-    """Steps of the search: `samples` Gumbel samples a step (antithetic pairs), each on `batch` sequences.
-
-    Every `evaluate_every` steps the most probable assignment is judged on the kept-out sequences. Then `rco` refines the
-    best one by races, for as long as `refine` steps take; other searches take so many steps more. `method` names what
-    chooses: `rco`, or what it is compared with. `penalty` is the weight of the `penalty` and `lagrangian` methods,
-    relative to the KL they start from.
-    """
-
-    method: SearchMethod = "rco"
-    steps: int = Field(default=300, ge=0, le=MOST)
-    refine: int = Field(default=300, ge=0, le=MOST)
-    samples: int = Field(default=4, ge=2, le=MOST, multiple_of=2)
-    batch: int = Field(default=4, ge=1, le=MOST)
-    learning_rate: float = Field(default=0.1, gt=0)
-    tau_start: float = Field(default=1.0, gt=0)
-    tau_end: float = Field(default=0.05, gt=0)
-    evaluate_every: int = Field(default=10, ge=1, le=MOST)
-    penalty: float = Field(default=10.0, gt=0)
-    seed: int = Field(default=0, ge=0, lt=2**63)
-
-    @property
-    def races(self) -> int:
-        """How long races refine what the search found, in steps."""
-        return self.refine if self.method == "rco" else 0
-
-    @property
-    def search_steps(self) -> int:
-        """Steps of the search itself: a method without races takes all."""
-        return self.steps + self.refine - self.races
-
-
-class Execution(_Section):
-    """Where and how to compute; `auto` decides from the hardware and the model's size.
-
-    `mode` resident has all weights in memory at every option, streaming reads them as they are needed. `memory_limit` is of the
-    GPU's memory, or of the process's where there is none; without it what is free counts.
-    """
-
-    device: Annotated[str, AfterValidator(_device)] = "auto"
-    mode: Literal["auto", "resident", "streaming"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    memory_limit: Size | None = None
-
-
-class Recipe(_Section):
-    """One run: which model, which options, how many bytes, on which text, written where.
-
-    `budget` is one, or a list of several: each gives a model of its own.
-    """
+class Recipe(Section):
+    """One run: which model, which options, how many bytes, on which text, written where."""
 
     version: Annotated[Literal[1], BeforeValidator(_version)]
+    """Of the recipe's format."""
     model: str = Field(min_length=1)
+    """A directory with a Hugging Face checkpoint, a name on the Hub, or `demo`."""
     revision: str | None = Field(default=None, min_length=1)
+    """Which commit, branch or tag of a model on the Hub."""
     options: Annotated[
-        tuple[Annotated[Option, PlainValidator(_option), PlainSerializer(str)], ...],
-        BeforeValidator(_tuple),
+        tuple[
+            Annotated[
+                Option,
+                PlainValidator(_option, json_schema_input_type=Annotated[str, Field(pattern=_OPTIONS)]),
+                PlainSerializer(str),
+            ],
+            ...,
+        ],
+        BeforeValidator(as_tuple),
         Field(min_length=1),
     ]
+    """What may become of an expert: `prune`, `bf16`, `int2`, `int3`, `int4`, `int8`, and with a group size that divides the
+    model's widths `int4-g64`: one scale for so many weights."""
     budget: Annotated[
         tuple[BudgetSpec, ...],
-        BeforeValidator(_budgets),
+        BeforeValidator(
+            _budgets,
+            json_schema_input_type=BudgetSpec | str | Annotated[list[BudgetSpec | str], Field(min_length=1)],
+        ),
         Field(min_length=1),
         WrapSerializer(_one_or_list),
     ]
+    """The most that the routed experts' files may take. A list gives a model for each budget in one run."""
     layout: Layout = "mixed"
+    """`mixed`: every expert at its own precision, served by this package's plugin. `stock`: equally many experts at one
+    precision in every layer, which vLLM serves without it."""
     experimental: bool = False
-    quantizer: Annotated[Quantizer, BeforeValidator(_or_defaults)] = Quantizer()
+    """Admits 2 and 3 bits, which vLLM serves on CPUs only."""
+    quantizer: Annotated[Quantizer, BeforeValidator(or_defaults, json_schema_input_type=Quantizer | None)] = (
+        Quantizer()
+    )
+    """How weights are rounded."""
     calibration: Calibration
-    search: Annotated[Search, BeforeValidator(_or_defaults)] = Search()
-    execution: Annotated[Execution, BeforeValidator(_execution)] = Execution()
+    """The text that the choice is made on."""
+    search: Annotated[Search, BeforeValidator(or_defaults, json_schema_input_type=Search | None)] = Search()
+    """How the choice is made."""
+    execution: Annotated[
+        Execution,
+        BeforeValidator(
+            mode_or_section,
+            json_schema_input_type=Execution | Literal["auto", "resident", "streaming"] | None,
+        ),
+    ] = Execution()
+    """Where and how to compute."""
     output: str = Field(min_length=1)
+    """The directory to write, which must not exist, or `--overwrite` be said."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

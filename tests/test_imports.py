@@ -22,6 +22,7 @@ ROOMS = (
     "budget",
     "recipe_overrides",
     "recipe_errors",
+    "recipe_sections",
     "recipe",
     "plan",
     "adapters",

@@ -22,7 +22,8 @@ from moe_rco.calib.chat import tokenize_conversation
 from moe_rco.calib.documents import read_documents
 from moe_rco.calib.refusals import reason
 from moe_rco.errors import DataError, ModelError
-from moe_rco.recipe import DEMO, DEMO_HELDOUT, Calibration, DataSource
+from moe_rco.recipe import DEMO, DEMO_HELDOUT
+from moe_rco.recipe_sections import Calibration, DataSource
 
 PIECE = 1 << 18
 """Characters that are made into tokens at a time: tokenizers take hundreds of bytes for each."""

@@ -11,7 +11,8 @@ from typing import Any, TextIO
 
 from moe_rco.calib.refusals import reason
 from moe_rco.errors import DataError
-from moe_rco.recipe import DEMO, DEMO_CALIBRATION, DataSource
+from moe_rco.recipe import DEMO, DEMO_CALIBRATION
+from moe_rco.recipe_sections import DataSource
 
 CONVERSATIONS = ("messages", "conversations")
 """Columns where conversations usually are."""

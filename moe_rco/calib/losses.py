@@ -13,7 +13,7 @@ from moe_rco.calib.data import TokenPool
 from moe_rco.calib.objective import AssignedModel, Pass
 from moe_rco.calib.reference import Reference, divergence
 from moe_rco.optim.evolution import GROWTH
-from moe_rco.recipe import Search
+from moe_rco.recipe_sections import Search
 
 STRIDE = 2
 

@@ -26,7 +26,7 @@ from moe_rco.optim import (
 )
 from moe_rco.optim.solve import BACKWARD
 from moe_rco.optim.trace import pack_history, unpack_history
-from moe_rco.recipe import Search
+from moe_rco.recipe_sections import Search
 from moe_rco.types import Assignment, Budget, CostTable, Progress
 
 SEED, REFINED = "fisher seed", "rco, refined"

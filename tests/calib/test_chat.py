@@ -13,7 +13,8 @@ from moe_rco.calib.chat import tokenize_conversation
 from moe_rco.calib.data import load_tokenizer, make_pools
 from moe_rco.calib.documents import PAIRS, read_documents
 from moe_rco.errors import DataError
-from moe_rco.recipe import DEMO_MODEL, Calibration, DataSource
+from moe_rco.recipe import DEMO_MODEL
+from moe_rco.recipe_sections import Calibration, DataSource
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

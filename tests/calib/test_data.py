@@ -26,7 +26,8 @@ from moe_rco.calib.data import (
 )
 from moe_rco.calib.documents import read_documents
 from moe_rco.errors import DataError, ModelError
-from moe_rco.recipe import DEMO, DEMO_MODEL, Calibration, DataSource
+from moe_rco.recipe import DEMO, DEMO_MODEL
+from moe_rco.recipe_sections import Calibration, DataSource
 
 
 class Words:
@@ -125,7 +126,7 @@ def test_a_local_parquet_file_is_copied_nowhere_and_told_to_nobody(tmp_path: Pat
 import sys
 from pathlib import Path
 from moe_rco.calib.documents import read_documents
-from moe_rco.recipe import DataSource
+from moe_rco.recipe_sections import DataSource
 from tests.faults.watch import watch
 import datasets, requests
 place = Path({str(tmp_path)!r})

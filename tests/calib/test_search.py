@@ -16,7 +16,7 @@ from moe_rco.calib.objective import Pass
 from moe_rco.calib.reference import divergence
 from moe_rco.calib.search import REFINED, SEARCHES, SEED, find, knapsack
 from moe_rco.ckpt.store import Store
-from moe_rco.recipe import Search
+from moe_rco.recipe_sections import Search
 from moe_rco.types import Assignment, Budget, Option, Silent
 from tests.calibrated import CPU, Calibration
 

@@ -20,7 +20,7 @@ from moe_rco.calib.runner import Runner
 from moe_rco.calib.search import knapsack
 from moe_rco.calib.streaming import Streaming
 from moe_rco.ckpt.store import Store
-from moe_rco.recipe import Search
+from moe_rco.recipe_sections import Search
 from moe_rco.types import Budget, Silent
 from tests.calibrated import CPU, Calibration
 

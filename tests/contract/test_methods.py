@@ -15,7 +15,8 @@ from moe_rco.ckpt.locate import fetch_model
 from moe_rco.errors import UserError
 from moe_rco.job import open_inputs, size
 from moe_rco.pipeline import Prepared, choose, prepare
-from moe_rco.recipe import Recipe, SearchMethod
+from moe_rco.recipe import Recipe
+from moe_rco.recipe_sections import SearchMethod
 from moe_rco.types import Budget, Silent
 
 MODEL = Path(__file__).resolve().parents[2] / "eval" / "models" / "mixtral"
