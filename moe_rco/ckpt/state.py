@@ -36,8 +36,7 @@ class SavedState:
         plain = {name: value for name, value in values.items() if name not in tensors}
         plain = json.loads(json.dumps(plain))  # as they will be read
         partial = self.path.with_name(self.path.name + ".tmp")
-        digest = self._digest(tensors, plain)
-        meta = {_META: json.dumps({"fingerprint": self.fingerprint, "digest": digest, "values": plain})}
+        meta = {_META: json.dumps({"digest": self._digest(tensors, plain), "values": plain})}
         try:
             write_file(partial, [from_tensor(name, tensor) for name, tensor in tensors.items()], meta)
             os.replace(partial, self.path)
@@ -54,15 +53,13 @@ class SavedState:
         try:
             with safe_open(self.path, framework="pt") as file:
                 meta = json.loads((file.metadata() or {}).get(_META, "{}"))
-                if meta.get("fingerprint") != self.fingerprint:
-                    return None
                 plain, tensors = meta["values"], {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError):
             return None
         return {**plain, **tensors} if meta.get("digest") == self._digest(tensors, plain) else None
 
     def _digest(self, tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Any]) -> str:
-        """SHA-256 (hex) of all that is saved."""
+        """SHA-256 (hex) of all that is saved, and of what it is good for."""
         found = hashlib.sha256(json.dumps([self.fingerprint, plain], sort_keys=True).encode())
         for name, tensor in sorted(tensors.items()):
             found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
