@@ -82,15 +82,13 @@ class Recipe(Section):
     revision: str | None = Field(default=None, min_length=1)
     """Which commit, branch or tag of a model on the Hub."""
     options: Annotated[
-        tuple[
-            Annotated[
-                Option,
-                PlainValidator(_option, json_schema_input_type=Annotated[str, Field(pattern=_OPTIONS)]),
-                PlainSerializer(str),
+        tuple[Annotated[Option, PlainValidator(_option), PlainSerializer(str)], ...],
+        BeforeValidator(
+            as_tuple,
+            json_schema_input_type=Annotated[
+                list[Annotated[str, Field(pattern=_OPTIONS)]], Field(min_length=1)
             ],
-            ...,
-        ],
-        BeforeValidator(as_tuple),
+        ),
         Field(min_length=1),
     ]
     """What may become of an expert: `prune`, `bf16`, `int2`, `int3`, `int4`, `int8`, and with a group size that divides the

@@ -84,7 +84,10 @@ class Calibration(Section):
 
     data: Annotated[
         tuple[DataSource, ...],
-        BeforeValidator(_sources, json_schema_input_type=str | DataSource | list[str | DataSource]),
+        BeforeValidator(
+            _sources,
+            json_schema_input_type=str | DataSource | Annotated[list[str | DataSource], Field(min_length=1)],
+        ),
         Field(min_length=1),
     ]
     """One source, or a list of several. A name alone is short for `{data: NAME}`."""

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from eval.errors_page import PAGE, page
 from moe_rco import cli, pipeline
 from moe_rco.ckpt.workdir import WorkDirectory
 from moe_rco.errors import (
@@ -98,10 +97,6 @@ def raised(monkeypatch: pytest.MonkeyPatch) -> Raised:
         return error, result.exit_code, result.stderr
 
     return run
-
-
-def test_the_page_is_that_of_the_classes() -> None:
-    assert PAGE.read_text(encoding="utf-8") == page(), "python -m eval.errors_page"
 
 
 def test_every_kind_has_a_cause_and_a_remedy_of_its_own() -> None:
