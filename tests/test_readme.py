@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from click.testing import CliRunner
 
 from moe_rco import cli, recipe
 from moe_rco.recipe import DEMO_MODEL
+from tests.documents import blocks, commands
 from tests.e2e.test_prune import SMALL
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,26 +31,15 @@ STAND_INS = {
 }
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
-
-
-def commands() -> Iterator[str]:
-    for block in blocks("bash"):
-        for line in block.splitlines():
-            if command := line.split("  #")[0].strip():
-                yield command
-
-
 def test_make_commands_exist() -> None:
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    named = [command.split()[1] for command in commands() if command.startswith("make ")]
+    named = [command.split()[1] for command in commands(README) if command.startswith("make ")]
     assert named
     assert set(named) <= set(targets)
 
 
 def test_the_gpu_s_install_names_extras_that_exist() -> None:
-    assert FOR_A_GPU in set(commands())
+    assert FOR_A_GPU in set(commands(README))
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert {"serve", "eval"} <= set(extras)
 
@@ -61,7 +50,7 @@ def test_links_lead_somewhere() -> None:
             assert (ROOT / link).exists(), link
 
 
-@pytest.mark.parametrize("block", blocks("yaml"))
+@pytest.mark.parametrize("block", blocks(README, "yaml"))
 def test_recipes_are_valid(block: str) -> None:
     loaded = recipe.parse(block)
     assert set(yaml.safe_load(block)) <= set(type(loaded).model_fields)
@@ -87,7 +76,7 @@ def test_commands_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyP
     first = CliRunner().invoke(cli.app, ["prune", "--recipe", "demo", *little])
     assert first.exit_code == 0, first.output
     monkeypatch.setenv("MOE_RCO_CACHE", str(tmp_path / "cache"))
-    for command in commands():
+    for command in commands(README):
         if command in (*RUN_BY_CI, FOR_A_GPU) or command.startswith(("make ", "python -m eval.")):
             continue
         for theirs, ours in STAND_INS.items():
@@ -118,7 +107,7 @@ def test_python_block_runs(
     monkeypatch.setattr(
         "moe_rco.load_recipe", lambda name, settings: load(name, [*settings, *SMALL]), raising=False
     )
-    for block in blocks("python"):
+    for block in blocks(README, "python"):
         exec(compile(block, "README.md", "exec"), {})
     printed = capsys.readouterr().out
     assert "bytes, KL 0." in printed
