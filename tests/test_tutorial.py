@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import time
@@ -55,8 +56,8 @@ def served(place: Path, words: list[str], port: str) -> Iterator[None]:
             time.sleep(0.5)
         yield
     finally:
-        process.kill()
-        process.wait()
+        process.send_signal(signal.SIGINT)  # killed, it would leave its engine running
+        process.wait(60)
 
 
 @pytest.mark.slow

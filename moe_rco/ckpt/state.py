@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load
 
 from moe_rco.ckpt.writer import from_tensor, sync_directory, write_file
 from moe_rco.errors import StoreError
@@ -51,9 +52,10 @@ class SavedState:
         if not self.path.is_file():
             return None
         try:
-            with safe_open(self.path, framework="pt") as file:
-                meta = json.loads((file.metadata() or {}).get(_META, "{}"))
-                plain, tensors = meta["values"], {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            data = self.path.read_bytes()  # opened once: another process may put a new file in its place meanwhile
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            meta = json.loads(header["__metadata__"][_META])
+            plain, tensors = meta["values"], load(data)
         except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError):
             return None
         return {**plain, **tensors} if meta.get("digest") == self._digest(tensors, plain) else None

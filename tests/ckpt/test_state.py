@@ -7,6 +7,7 @@ import signal
 from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -46,6 +47,25 @@ def test_values_come_back(tmp_path: Path) -> None:
     assert same(state.load(), VALUES)
     assert SavedState(tmp_path / "state", "g").load() is None
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
+
+
+def test_read_while_it_is_replaced_it_is_the_old_or_the_new(tmp_path: Path) -> None:
+    """`moe-rco status` reads what a run is saving."""
+    small, large = {"step": 1}, {**VALUES, "more": torch.zeros(1 << 16)}
+    state, ended = SavedState(tmp_path / "state", "f"), Event()
+    state.save(small)
+
+    def save() -> None:
+        for number in range(200):
+            state.save(small if number % 2 else large)
+        ended.set()
+
+    writer = Thread(target=save)
+    writer.start()
+    while not ended.is_set():
+        loaded = state.load()
+        assert same(loaded, small) or same(loaded, large)
+    writer.join()
 
 
 @pytest.mark.parametrize("keep", [0, 4, 40, -1])
