@@ -20,6 +20,7 @@ Path = tuple[str | int, ...]
 MAX_CHARACTERS = 1_000_000
 MAX_DEPTH = 20
 
+_HALF = re.compile("[\ud800-\udfff]")
 _STRING, _MAP = "tag:yaml.org,2002:str", "tag:yaml.org,2002:map"
 _NUMBER = r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 # Tag, pattern, and the characters such a word can begin with.
@@ -65,6 +66,8 @@ class _Loader(yaml.SafeLoader):
         if self.depth > MAX_DEPTH:
             raise yaml.MarkedYAMLError(problem=f"nested more than {MAX_DEPTH} deep", problem_mark=mark)
         node = super().compose_node(parent, index)
+        if isinstance(node, yaml.ScalarNode) and _HALF.search(node.value):
+            raise yaml.MarkedYAMLError(problem="half a character (a lone surrogate)", problem_mark=mark)
         self.depth -= 1
         return node
 

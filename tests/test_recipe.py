@@ -357,6 +357,12 @@ def test_numbers_beyond_all_bounds_are_refused(key: str) -> None:
         load("demo", [f"{key}={'9' * 400}"])
 
 
+@pytest.mark.parametrize("line", [r'"\ud800": 1', r'model: "a\udfffb"', r'calibration: {data: "\ud800"}'])
+def test_half_a_character_is_refused(line: str) -> None:
+    with pytest.raises(RecipeError, match=r"recipe:1: not valid YAML: half a character"):
+        recipes.parse(line)
+
+
 def test_a_file_that_is_far_too_long_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "long.yaml"
     with path.open("wb") as file:
