@@ -128,6 +128,11 @@ def hung() -> None:
     time.sleep(30)
 
 
+def worked_for_ever() -> None:
+    while True:
+        pass
+
+
 def crashed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -153,6 +158,7 @@ def harmless() -> None:
         (swallowed_memory, "took more than"),
         (failed, "ended with 1: ValueError"),
         (hung, "no end after"),
+        (worked_for_ever, "no end after"),
         (crashed, "ended with -9"),
         (harmless, ""),
     ],
@@ -163,7 +169,8 @@ def test_the_judge_sees_what_a_command_does(
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "recipe.yaml").write_text("version: 1")
     monkeypatch.setattr(judge.cli, "app", lambda arguments, prog_name: action())
-    monkeypatch.setattr(judge, "SECONDS", 2)
+    monkeypatch.setattr(judge, "SECONDS", 1)
+    monkeypatch.setattr(judge, "PATIENCE", 4 if action is hung else 300)
     found = judged(Case("kind", "name", tmp_path / "base", fine), 0, tmp_path / "case")
     wrong = found.partition(": ")[2]
     assert wrong.startswith(expected) if expected else not wrong, wrong
