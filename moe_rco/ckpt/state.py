@@ -52,7 +52,9 @@ class SavedState:
         if not self.path.is_file():
             return None
         try:
-            data = self.path.read_bytes()  # opened once: another process may put a new file in its place meanwhile
+            data = (
+                self.path.read_bytes()
+            )  # opened once: another process may put a new file in its place meanwhile
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
             meta = json.loads(header["__metadata__"][_META])
             plain, tensors = meta["values"], load(data)
