@@ -19,7 +19,20 @@ from typing import Any
 import click
 
 from moe_rco._version import __version__
-from moe_rco.cli_options import LIBRARIES_BARS, bars, habits, hush, json_option, note, quiet, say, show
+from moe_rco.cli_options import (
+    LIBRARIES_BARS,
+    bars,
+    directories,
+    habits,
+    hush,
+    json_option,
+    note,
+    one_of,
+    quiet,
+    recipes,
+    say,
+    show,
+)
 from moe_rco.errors import FileError, MemoryShortageError, OutputError, PlanError, ScoringError, UserError
 from moe_rco.explain import explained
 from moe_rco.stopping import LINE, Stopping
@@ -98,9 +111,18 @@ def app() -> None:
     )
 )
 @click.option(
-    "--recipe", required=True, metavar="RECIPE", help="A recipe file, or the name of a shipped recipe."
+    "--recipe",
+    required=True,
+    metavar="RECIPE",
+    shell_complete=recipes,
+    help="A recipe file, or the name of a shipped recipe.",
 )
-@click.option("--output", metavar="DIR", help="Where to write, instead of the recipe's output.")
+@click.option(
+    "--output",
+    metavar="DIR",
+    shell_complete=directories,
+    help="Where to write, instead of the recipe's output.",
+)
 @_set_option
 @click.option("--overwrite", is_flag=True, help="Replace the output directory if it exists.")
 @click.option("--dry-run", is_flag=True, help="Show sizes, memory and settings, and stop.")
@@ -150,7 +172,7 @@ def prune(
 
 
 @app.command(epilog=_example("moe-rco status out/demo", "moe-rco status out/demo --json"))
-@click.argument("directory")
+@click.argument("directory", shell_complete=directories)
 @json_option
 @habits()
 def status(directory: str, as_json: bool) -> None:
@@ -170,8 +192,13 @@ def status(directory: str, as_json: bool) -> None:
         "moe-rco verify out/qwen3 --json",
     )
 )
-@click.argument("directory")
-@click.option("--original", metavar="DIR", help="Compare what was not to change with this model, too.")
+@click.argument("directory", shell_complete=directories)
+@click.option(
+    "--original",
+    metavar="DIR",
+    shell_complete=directories,
+    help="Compare what was not to change with this model, too.",
+)
 @json_option
 @habits()
 def verify(directory: str, original: str | None, as_json: bool) -> None:
@@ -195,7 +222,7 @@ def verify(directory: str, original: str | None, as_json: bool) -> None:
         "moe-rco compare out/* --output all.html",
     )
 )
-@click.argument("directories", nargs=-1, required=True, metavar="DIRECTORY...")
+@click.argument("directories", nargs=-1, required=True, metavar="DIRECTORY...", shell_complete=directories)
 @click.option(
     "-o", "--output", default="compare.html", metavar="FILE", help="Write the page there.", show_default=True
 )
@@ -216,7 +243,7 @@ def compare(directories: tuple[str, ...], output: str, as_json: bool) -> None:
 
 
 @app.command(epilog=_example("moe-rco validate my.yaml", "moe-rco validate demo --set budget.ratio=0.35"))
-@click.argument("recipe")
+@click.argument("recipe", shell_complete=recipes)
 @_set_option
 @habits()
 def validate(recipe: str, overrides: tuple[str, ...]) -> None:
@@ -232,7 +259,7 @@ def validate(recipe: str, overrides: tuple[str, ...]) -> None:
 
 
 @app.command(epilog=_example("moe-rco inspect /models/Qwen3-30B-A3B", "moe-rco inspect out/demo"))
-@click.argument("directory")
+@click.argument("directory", shell_complete=directories)
 @json_option
 @habits()
 def inspect(directory: str, as_json: bool) -> None:
@@ -248,7 +275,7 @@ def inspect(directory: str, as_json: bool) -> None:
 @app.command(
     epilog=_example("moe-rco init /models/Qwen3-30B-A3B", "moe-rco init /models/Qwen3-30B-A3B -o qwen.yaml")
 )
-@click.argument("model_dir")
+@click.argument("model_dir", shell_complete=directories)
 @click.option("-o", "--output", metavar="FILE", help="Write the recipe to a new file, not to the screen.")
 @habits()
 def init(model_dir: str, output: str | None) -> None:
@@ -270,18 +297,19 @@ def init(model_dir: str, output: str | None) -> None:
 
 
 @app.command(
-    context_settings={"ignore_unknown_options": True},
+    # Letters are left to vLLM: -q is its --quantization, and -dph would be taken apart into -d, -p and -h.
+    context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]},
     epilog=_example(
         "moe-rco serve out/demo",
         "moe-rco serve out/qwen3 --tensor-parallel-size 2 --max-model-len 8192 --port 8001",
         "moe-rco serve out/qwen3 --dry-run",
     ),
 )
-@click.argument("directory")
+@click.argument("directory", shell_complete=directories)
 @click.argument("vllm_options", nargs=-1, type=click.UNPROCESSED)
 @click.option("--dry-run", is_flag=True, help="Show what memory it takes, and stop.")
 @json_option
-@habits(quiet="", verbose="")  # -q is vLLM's
+@habits(letters=False)
 def serve(directory: str, vllm_options: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
     """Check a model's files and memory, then run `vllm serve` on it.
 
@@ -304,16 +332,21 @@ def serve(directory: str, vllm_options: tuple[str, ...], dry_run: bool, as_json:
         "moe-rco eval /models/Qwen3-30B-A3B --tasks mytask --include-path my-tasks --output scores",
     ),
 )
-@click.argument("directory")
+@click.argument("directory", shell_complete=directories)
 @click.option(
     "--tasks",
     multiple=True,
     metavar="NAMES",
+    shell_complete=one_of("demo", "default", "generative"),
     help="lm-eval tasks, groups or tags, separated by commas, or the suites default and generative. "
     "Without it: demo for the demo model, otherwise default.",
 )
 @click.option(
-    "--backend", default="hf", metavar="NAME", help="What runs the model: hf (the default) or vllm."
+    "--backend",
+    default="hf",
+    metavar="NAME",
+    shell_complete=one_of("hf", "vllm"),
+    help="What runs the model: hf (the default) or vllm.",
 )
 @click.option(
     "--baseline",

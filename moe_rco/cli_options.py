@@ -6,18 +6,20 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import wraps
+from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from moe_rco._version import __version__
 from moe_rco.types import Progress, Silent
 
-Command = TypeVar("Command", bound=Callable[..., Any])
 LIBRARIES_BARS = "TQDM_DISABLE"
 """Where it is set, libraries that load, download or score draw no bars."""
-_QUIET, _VERBOSE = "moe_rco.quiet", "moe_rco.verbose"
+_QUIET = "moe_rco.quiet"
 _LOG = logging.getLogger("moe_rco")
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the same as JSON.")
@@ -71,29 +73,65 @@ def print_json(value: Any) -> None:
     click.echo(TypeAdapter(Any).dump_json(value, indent=2).decode())
 
 
-def habits(quiet: str = "-q", verbose: str = "-v") -> Callable[[Command], Command]:
-    """A decorator: --quiet, --verbose and --debug, the first two by these short names, too; by none where these are empty."""
-    options = (
-        click.option(
-            *filter(None, (quiet, "--quiet")), is_flag=True, expose_value=False, callback=_be_quiet,
-            help="Print errors only, and what --json asks for; the exit code tells the rest.",
-        ),
-        click.option(
-            *filter(None, (verbose, "--verbose")), is_flag=True, expose_value=False, callback=_be_verbose,
-            help="Also tell what is found, reused, tried and written, a line each.",
-        ),
-        click.option(
-            "--debug", is_flag=True, expose_value=False, callback=_debug,
-            help="Show the traceback of an internal error.",
-        ),
-    )  # fmt: skip
+def habits(letters: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator of a command's function: it takes --debug, --quiet and --verbose, also as -q and -v if `letters`."""
 
-    def decorated(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
+    def decorated(command: Callable[..., Any]) -> Callable[..., Any]:
+        @click.option(
+            *(["-q"] if letters else []),
+            "--quiet",
+            is_flag=True,
+            help="Print errors only, and what --json asks for; the exit code tells the rest.",
+        )
+        @click.option(
+            *(["-v"] if letters else []),
+            "--verbose",
+            is_flag=True,
+            help="Also tell what is found, reused, tried and written, a line each.",
+        )
+        @click.option(
+            "--debug",
+            is_flag=True,
+            expose_value=False,
+            callback=_debug,
+            help="Show the traceback of an internal error.",
+        )
+        @wraps(command)
+        def run(*arguments: Any, quiet: bool, verbose: bool, **options: Any) -> Any:
+            if quiet and verbose:
+                raise click.UsageError("--quiet and --verbose contradict each other; leave one out")
+            with _quietly() if quiet else _verbosely() if verbose else nullcontext():
+                return command(*arguments, **options)
+
+        return run
 
     return decorated
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    click.get_current_context().meta[_QUIET] = True
+    before = os.environ.get(LIBRARIES_BARS)
+    os.environ[LIBRARIES_BARS] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(LIBRARIES_BARS, None)
+
+
+@contextmanager
+def _verbosely() -> Iterator[None]:
+    lines, level = _Lines(), _LOG.level
+    lines.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    _LOG.addHandler(lines)
+    _LOG.setLevel(logging.INFO)
+    try:
+        _LOG.info("moe-rco %s, Python %s, %s", __version__, platform.python_version(), platform.platform())
+        yield
+    finally:
+        _LOG.removeHandler(lines)
+        _LOG.setLevel(level)
 
 
 class _Lines(logging.Handler):
@@ -101,34 +139,26 @@ class _Lines(logging.Handler):
         say(self.format(record))
 
 
-def _be_quiet(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
-    _once(ctx, _QUIET, value)
-    if value and LIBRARIES_BARS not in os.environ:
-        os.environ[LIBRARIES_BARS] = "1"
-        ctx.call_on_close(lambda: os.environ.pop(LIBRARIES_BARS, None))
+def recipes(ctx: click.Context, parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+    """For the shell's completion: names of shipped recipes, and files."""
+    from moe_rco.recipe import shipped
+
+    # In this order: where bash is told of files it forgets what it was told before.
+    return [CompletionItem(begun, type="file"), *_beginning(shipped(), begun)]
 
 
-def _be_verbose(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
-    _once(ctx, _VERBOSE, value)
-    if not value:
-        return
-    lines, level = _Lines(), _LOG.level
-    lines.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    _LOG.addHandler(lines)
-    _LOG.setLevel(logging.INFO)
-
-    def end() -> None:
-        _LOG.removeHandler(lines)
-        _LOG.setLevel(level)
-
-    ctx.call_on_close(end)
-    _LOG.info("moe-rco %s, Python %s, %s", __version__, platform.python_version(), platform.platform())
+def directories(ctx: click.Context, parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+    """For the shell's completion."""
+    return [CompletionItem(begun, type="dir")]
 
 
-def _once(ctx: click.Context, name: str, value: bool) -> None:
-    ctx.meta[name] = value
-    if ctx.meta.get(_QUIET) and ctx.meta.get(_VERBOSE):
-        raise click.UsageError("--quiet and --verbose contradict each other; leave one out", ctx)
+def one_of(*words: str) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:
+    """For the shell's completion: some words, which need not be all there are."""
+    return lambda ctx, parameter, begun: _beginning(words, begun)
+
+
+def _beginning(words: Iterable[str], begun: str) -> list[CompletionItem]:
+    return [CompletionItem(word) for word in words if word.startswith(begun)]
 
 
 def _debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:

@@ -24,7 +24,6 @@ from moe_rco.calib.room import Room
 from moe_rco.ckpt.store import Store
 from moe_rco.types import Progress
 
-
 _log = logging.getLogger(__name__)
 
 

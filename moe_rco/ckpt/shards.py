@@ -12,7 +12,6 @@ from typing import Any
 from moe_rco.ckpt.reader import INDEX
 from moe_rco.ckpt.writer import Entry, replace_text, sha256_of, sync_directory, write_file, write_text
 
-
 _log = logging.getLogger(__name__)
 
 
