@@ -14,6 +14,8 @@ from moe_rco.units import format_size
 
 _WIDTH, _HEIGHT, _TOP = 460, 340, 60
 _LEFT, _RIGHT, _BELOW = 70, 40, 60
+_LETTER = 7.5
+"""What a letter takes at most, also in the larger type of a narrow screen."""
 STYLE = (
     "text{fill:#333;font-family:sans-serif;font-size:12px}.grid{stroke:#e8e8e8}.axis{stroke:#333}"
     ".line{fill:none;stroke:#277f8e;stroke-width:1.5}.error{stroke:#277f8e}.dot{fill:#277f8e}.faint{fill:#b8b8b8}"
@@ -86,7 +88,9 @@ class Interval:
 
 def intervals(rows: Sequence[tuple[str, Sequence[Interval]]], zero: bool = True) -> str:
     """Values beside each other, a line for each row, as part of a page; bars are two standard errors to either side."""
-    height, left, right = 26, 150, 20
+    height, right = 26, 20
+    left = min(240.0, 24 + _LETTER * max((len(name) for name, _ in rows), default=0))
+    room = int((left - 24) / _LETTER)
     rows = [(name, [interval for interval in row if math.isfinite(interval.value)]) for name, row in rows]
     values = [v for _, row in rows for i in row for v in (i.value - 2 * i.error, i.value + 2 * i.error)] or [
         0.0
@@ -106,7 +110,8 @@ def intervals(rows: Sequence[tuple[str, Sequence[Interval]]], zero: bool = True)
         ]
     for index, (name, row) in enumerate(rows):
         middle = height * (index + 0.5)
-        lines.append(_text(left - 10, middle + 4, name, "end"))
+        short = name if len(name) <= room else f"{name[: room - 1]}…"
+        lines.append(f"<g><title>{escape(name)}</title>{_text(left - 10, middle + 4, short, 'end')}</g>")
         for place, interval in enumerate(row):
             y = middle + 6 * (place - (len(row) - 1) / 2)
             lines += [

@@ -19,6 +19,20 @@ from typing import Any
 import click
 
 from moe_rco._version import __version__
+from moe_rco.cli_options import (
+    LIBRARIES_BARS,
+    bars,
+    directories,
+    habits,
+    hush,
+    json_option,
+    note,
+    one_of,
+    quiet,
+    recipes,
+    say,
+    show,
+)
 from moe_rco.errors import FileError, MemoryShortageError, OutputError, PlanError, ScoringError, UserError
 from moe_rco.explain import explained
 from moe_rco.stopping import LINE, Stopping
@@ -35,7 +49,7 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            _say(LINE)
+            say(LINE)
             ctx.exit(EXIT_INTERRUPTED)
         except Exception as fault:
             # What was interrupted may raise something else, as an import does.
@@ -44,16 +58,8 @@ class _Commands(click.Group):
                 raise
             if isinstance(error, FileError | MemoryShortageError) and sys.excepthook is sys.__excepthook__:
                 traceback.print_exception(fault)
-            _say(f"error: {_one_line(error)}")
+            say(f"error: {_one_line(error)}")
             ctx.exit(error.exit_code)
-
-
-def _say(line: str) -> None:
-    try:
-        click.echo(line, err=True)
-    except OSError:
-        # A log on the disk that is full. What waits in the stream must not fail again, and change the exit code.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _one_line(error: BaseException) -> str:
@@ -69,22 +75,10 @@ def _report_fault(kind: type[BaseException], fault: BaseException, trace: Traceb
     )
 
 
-def _debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
-    if value:
-        sys.excepthook = sys.__excepthook__
-
-
 def _example(*lines: str) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
-_debug_option = click.option(
-    "--debug",
-    is_flag=True,
-    expose_value=False,
-    callback=_debug,
-    help="Show the traceback of an internal error.",
-)
 _set_option = click.option(
     "--set",
     "overrides",
@@ -92,14 +86,6 @@ _set_option = click.option(
     metavar="KEY=VALUE",
     help="Change a key of the recipe; can be repeated.",
 )
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print the same as JSON.")
-
-
-def _print_json(value: Any) -> None:
-    """A dataclass, a model of pydantic's, or what is made of them."""
-    from pydantic import TypeAdapter
-
-    click.echo(TypeAdapter(Any).dump_json(value, indent=2).decode())
 
 
 @click.group(
@@ -125,9 +111,18 @@ def app() -> None:
     )
 )
 @click.option(
-    "--recipe", required=True, metavar="RECIPE", help="A recipe file, or the name of a shipped recipe."
+    "--recipe",
+    required=True,
+    metavar="RECIPE",
+    shell_complete=recipes,
+    help="A recipe file, or the name of a shipped recipe.",
 )
-@click.option("--output", metavar="DIR", help="Where to write, instead of the recipe's output.")
+@click.option(
+    "--output",
+    metavar="DIR",
+    shell_complete=directories,
+    help="Where to write, instead of the recipe's output.",
+)
 @_set_option
 @click.option("--overwrite", is_flag=True, help="Replace the output directory if it exists.")
 @click.option("--dry-run", is_flag=True, help="Show sizes, memory and settings, and stop.")
@@ -137,7 +132,7 @@ def app() -> None:
     is_flag=True,
     help="Print the report as JSON; for several budgets, all by their directory.",
 )
-@_debug_option
+@habits()
 def prune(
     recipe: str, output: str | None, overrides: tuple[str, ...], overwrite: bool, dry_run: bool, as_json: bool
 ) -> None:
@@ -154,33 +149,32 @@ def prune(
     from moe_rco.curve import Curve
 
     if dry_run:
-        found = pipeline.preflight(loaded, progress=console.RichProgress(), overwrite=overwrite)
-        (_print_json if as_json else console.show_preflight)(found)
+        show(
+            console.show_preflight, pipeline.preflight(loaded, progress=bars(), overwrite=overwrite), as_json
+        )
         return
-    progress = console.RichProgress() if leads() else None
-    told = console.show_forecast
-    reports = pipeline.prune_all(loaded, progress=progress, overwrite=overwrite, told=told)
+    if not leads():
+        hush()
+    told = (lambda preflight: None) if quiet() else console.show_forecast
+    reports = pipeline.prune_all(loaded, progress=bars(), overwrite=overwrite, told=told)
     if not leads():
         return
     if len(reports) == 1:
-        (_print_json if as_json else console.show_summary)(reports[0])
+        show(console.show_summary, reports[0], as_json)
         return
     names = [point.directory for point in Curve.load(Path(loaded.output)).points]
     named = dict(zip(names, reports, strict=True))
-    if as_json:
-        _print_json(named)
-    else:
-        console.show_comparison(
-            named,
-            f"Written to {loaded.output}: a model and its report in each directory, the curve in curve.json and curve.svg, "
-            f"and a page for your browser: {loaded.output}/{page.FILE_NAME}",
-        )
+    written = (
+        f"Written to {loaded.output}: a model and its report in each directory, the curve in curve.json and curve.svg, "
+        f"and a page for your browser: {loaded.output}/{page.FILE_NAME}"
+    )
+    show(lambda named: console.show_comparison(named, written), named, as_json)
 
 
 @app.command(epilog=_example("moe-rco status out/demo", "moe-rco status out/demo --json"))
-@click.argument("directory")
-@_json_option
-@_debug_option
+@click.argument("directory", shell_complete=directories)
+@json_option
+@habits()
 def status(directory: str, as_json: bool) -> None:
     """Show how far a run of `prune` is, whether or not it is running.
 
@@ -188,11 +182,7 @@ def status(directory: str, as_json: bool) -> None:
     """
     from moe_rco import console, progress
 
-    found = progress.status(directory)
-    if as_json:
-        _print_json(found)
-    else:
-        console.show_status(found)
+    show(console.show_status, progress.status(directory), as_json)
 
 
 @app.command(
@@ -202,23 +192,25 @@ def status(directory: str, as_json: bool) -> None:
         "moe-rco verify out/qwen3 --json",
     )
 )
-@click.argument("directory")
-@click.option("--original", metavar="DIR", help="Compare what was not to change with this model, too.")
-@_json_option
-@_debug_option
+@click.argument("directory", shell_complete=directories)
+@click.option(
+    "--original",
+    metavar="DIR",
+    shell_complete=directories,
+    help="Compare what was not to change with this model, too.",
+)
+@json_option
+@habits()
 def verify(directory: str, original: str | None, as_json: bool) -> None:
     """Check every byte of what `prune` wrote, and that it still computes what it did.
 
     DIRECTORY is a finished output. Exits with 2 where anything differs, and says what.
     """
-    from moe_rco import console, integrity
+    from moe_rco import integrity
     from moe_rco.console.integrity import show_verification
 
-    found = integrity.verify(directory, original, console.RichProgress())
-    if as_json:
-        _print_json(found)
-    else:
-        show_verification(found)
+    found = integrity.verify(directory, original, bars())
+    show(show_verification, found, as_json)
     wrong = [verification.directory for verification in found if not verification.passed]
     if wrong:
         raise PlanError(f"{', '.join(wrong)}: not what was written; copy it again, or make it again")
@@ -230,12 +222,12 @@ def verify(directory: str, original: str | None, as_json: bool) -> None:
         "moe-rco compare out/* --output all.html",
     )
 )
-@click.argument("directories", nargs=-1, required=True, metavar="DIRECTORY...")
+@click.argument("directories", nargs=-1, required=True, metavar="DIRECTORY...", shell_complete=directories)
 @click.option(
     "-o", "--output", default="compare.html", metavar="FILE", help="Write the page there.", show_default=True
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the reports as JSON; write no page.")
-@_debug_option
+@habits()
 def compare(directories: tuple[str, ...], output: str, as_json: bool) -> None:
     """Put several results beside each other: a table here, and a page for your browser.
 
@@ -244,17 +236,16 @@ def compare(directories: tuple[str, ...], output: str, as_json: bool) -> None:
     from moe_rco import comparison, console
 
     reports = comparison.collect(directories)
-    if as_json:
-        _print_json(reports)
-        return
-    comparison.write(Path(output), reports)
-    console.show_comparison(reports, f"Written to {output}, a page for your browser.")
+    if not as_json:
+        comparison.write(Path(output), reports)
+    written = f"Written to {output}, a page for your browser."
+    show(lambda reports: console.show_comparison(reports, written), reports, as_json)
 
 
 @app.command(epilog=_example("moe-rco validate my.yaml", "moe-rco validate demo --set budget.ratio=0.35"))
-@click.argument("recipe")
+@click.argument("recipe", shell_complete=recipes)
 @_set_option
-@_debug_option
+@habits()
 def validate(recipe: str, overrides: tuple[str, ...]) -> None:
     """Check a recipe without touching a model."""
     from moe_rco.recipe import load
@@ -264,13 +255,13 @@ def validate(recipe: str, overrides: tuple[str, ...]) -> None:
     budgets = ("budget " if len(loaded.budget) == 1 else "budgets ") + ", ".join(
         b.text for b in loaded.budget
     )
-    click.echo(f"{recipe}: valid. {loaded.model}, options {options}, {budgets}.")
+    show(click.echo, f"{recipe}: valid. {loaded.model}, options {options}, {budgets}.", as_json=False)
 
 
 @app.command(epilog=_example("moe-rco inspect /models/Qwen3-30B-A3B", "moe-rco inspect out/demo"))
-@click.argument("directory")
-@_json_option
-@_debug_option
+@click.argument("directory", shell_complete=directories)
+@json_option
+@habits()
 def inspect(directory: str, as_json: bool) -> None:
     """Show layers, experts, options and bytes of a model directory.
 
@@ -278,15 +269,15 @@ def inspect(directory: str, as_json: bool) -> None:
     """
     from moe_rco import console, inspection
 
-    (_print_json if as_json else console.show_inspect)(inspection.inspect(directory))
+    show(console.show_inspect, inspection.inspect(directory), as_json)
 
 
 @app.command(
     epilog=_example("moe-rco init /models/Qwen3-30B-A3B", "moe-rco init /models/Qwen3-30B-A3B -o qwen.yaml")
 )
-@click.argument("model_dir")
+@click.argument("model_dir", shell_complete=directories)
 @click.option("-o", "--output", metavar="FILE", help="Write the recipe to a new file, not to the screen.")
-@_debug_option
+@habits()
 def init(model_dir: str, output: str | None) -> None:
     """Write a commented recipe for the model in MODEL_DIR."""
     from moe_rco.template import recipe_for
@@ -302,22 +293,23 @@ def init(model_dir: str, output: str | None) -> None:
         raise OutputError(f"{output} exists; choose another name or remove it") from error
     except OSError as error:
         raise OutputError(f"{output} cannot be written: {error.strerror}") from error
-    click.echo(f"wrote {output}; next: moe-rco prune --recipe {output} --dry-run")
+    show(click.echo, f"wrote {output}; next: moe-rco prune --recipe {output} --dry-run", as_json=False)
 
 
 @app.command(
-    context_settings={"ignore_unknown_options": True},
+    # Letters are left to vLLM: -q is its --quantization, and -dph would be taken apart into -d, -p and -h.
+    context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]},
     epilog=_example(
         "moe-rco serve out/demo",
         "moe-rco serve out/qwen3 --tensor-parallel-size 2 --max-model-len 8192 --port 8001",
         "moe-rco serve out/qwen3 --dry-run",
     ),
 )
-@click.argument("directory")
+@click.argument("directory", shell_complete=directories)
 @click.argument("vllm_options", nargs=-1, type=click.UNPROCESSED)
 @click.option("--dry-run", is_flag=True, help="Show what memory it takes, and stop.")
-@_json_option
-@_debug_option
+@json_option
+@habits(letters=False)
 def serve(directory: str, vllm_options: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
     """Check a model's files and memory, then run `vllm serve` on it.
 
@@ -326,7 +318,7 @@ def serve(directory: str, vllm_options: tuple[str, ...], dry_run: bool, as_json:
     from moe_rco import console, serving
 
     plan = serving.plan_serving(directory, vllm_options)
-    (_print_json if as_json else console.show_serving)(plan)
+    show(console.show_serving, plan, as_json)
     if not dry_run:
         serving.start(plan)
 
@@ -340,16 +332,21 @@ def serve(directory: str, vllm_options: tuple[str, ...], dry_run: bool, as_json:
         "moe-rco eval /models/Qwen3-30B-A3B --tasks mytask --include-path my-tasks --output scores",
     ),
 )
-@click.argument("directory")
+@click.argument("directory", shell_complete=directories)
 @click.option(
     "--tasks",
     multiple=True,
     metavar="NAMES",
+    shell_complete=one_of("demo", "default", "generative"),
     help="lm-eval tasks, groups or tags, separated by commas, or the suites default and generative. "
     "Without it: demo for the demo model, otherwise default.",
 )
 @click.option(
-    "--backend", default="hf", metavar="NAME", help="What runs the model: hf (the default) or vllm."
+    "--backend",
+    default="hf",
+    metavar="NAME",
+    shell_complete=one_of("hf", "vllm"),
+    help="What runs the model: hf (the default) or vllm.",
 )
 @click.option(
     "--baseline",
@@ -375,8 +372,8 @@ def serve(directory: str, vllm_options: tuple[str, ...], dry_run: bool, as_json:
 )
 @click.option("--allow-code", is_flag=True, help="Allow tasks that run code written by the model.")
 @click.option("--output", metavar="DIR", help="Where lm-eval's output goes, instead of DIRECTORY/eval.")
-@_json_option
-@_debug_option
+@json_option
+@habits()
 def eval_(
     directory: str,
     tasks: tuple[str, ...],
@@ -390,7 +387,7 @@ def eval_(
     DIRECTORY holds what `prune` wrote, or any model. Scores, their differences and whether these are more than chance are shown
     and, for what `prune` wrote, kept in its report.json.
     """
-    from moe_rco import console, scoring
+    from moe_rco import scoring
     from moe_rco.console.scores import show_scores
 
     scoring.needs_installed(options["backend"])
@@ -402,17 +399,17 @@ def eval_(
         tasks=tasks or (("demo",) if scoring.is_demo(directory) else ("default",)), **options
     )
     if chosen.model_args.get("trust_remote_code"):
-        click.echo("note: trust_remote_code is on: code that comes with the model will be run", err=True)
+        say("note: trust_remote_code is on: code that comes with the model will be run")
     outcome = scoring.evaluate(
         directory,
         chosen,
         baseline=baseline,
         compare_to_original=not no_baseline,
         output=output,
-        progress=console.RichProgress(),
-        say=lambda line: click.echo(line, err=True),
+        progress=bars(),
+        say=note,
     )
-    (_print_json if as_json else show_scores)(outcome)
+    show(show_scores, outcome, as_json)
 
 
 def main() -> None:
@@ -421,6 +418,8 @@ def main() -> None:
         sys.excepthook = _report_fault
     # The Hub client logs every retry; what failed is in our one-line error.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault(LIBRARIES_BARS, "1")
     _stopping.install()
     try:
         app(prog_name="moe-rco")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,6 +26,7 @@ from moe_rco.quant.packing import cost_table
 from moe_rco.recipe import Recipe
 from moe_rco.types import Budget, CostTable
 
+_log = logging.getLogger(__name__)
 _SOURCE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -137,6 +139,7 @@ def open_inputs(sized: Sized, directory: Path) -> Ready:
             f"{directory}: the routed experts take {stored} bytes, but config.json's dtype implies "
             f"{sized.table.original_bytes}; correct 'dtype' in config.json"
         )
+    _log.info("model %s: %d tensors", directory, len(checkpoint.tensors))
     tokenizer = load_tokenizer(directory)
     vocabulary = int(sized.config.get("vocab_size", 0))
     return Ready(sized, checkpoint, make_pools(recipe.calibration, tokenizer, vocabulary, recipe.search.seed))

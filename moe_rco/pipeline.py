@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import astuple, dataclass, replace
@@ -56,6 +57,7 @@ from moe_rco.report import Preflight, Report
 from moe_rco.reporting import build_report
 from moe_rco.types import Assignment, Budget, Progress, Silent
 
+_log = logging.getLogger(__name__)
 LINEARITY_SEQUENCES = 16
 """Sequences on which the KL of every expert alone is measured for `search.method: linearity`."""
 
@@ -165,6 +167,7 @@ def _prune(
         curve = Curve.of(parts, reports)
         curve.save(work.checkpoint)
         page.save_compared(work.checkpoint / page.FILE_NAME, dict(zip(parts, reports, strict=True)), curve)
+    _log.info("putting %s in place", output)
     work.will_publish()
     publish(work.checkpoint, output, overwrite=overwrite, keep=checkpoint.directory)
     work.clear()
@@ -341,6 +344,7 @@ def prepare(ready: Ready, work: Path, progress: Progress, team: Team | None = No
     saved = directory.measured(store.fingerprint, costs_digest(sized.table), recipe.search.seed)
     saved = replace(saved, read_only=not team.leads)
     state = saved.load()
+    _log.info("effects of the options: %s", "measured here" if state is None else "there from an earlier run")
     if state is None:
         effects = fisher_effects(model, pools[0], recipe.search.seed, progress)
         errors = output_errors(model, pools[0].every(PROXY_STRIDE), progress)

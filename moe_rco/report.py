@@ -18,6 +18,8 @@ from moe_rco.types import Budget, Layout, Room
 from moe_rco.units import format_size
 
 FILE_NAME = "report.json"
+SIGNIFICANT = 0.05
+"""Below this `p` a difference is called more than chance."""
 
 
 class _Part(BaseModel):

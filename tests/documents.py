@@ -4,6 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def fences(text: str) -> list[tuple[str, str]]:
+    """Every block of a page: what stands behind its opening marks, and its text."""
+    return re.findall(r"^```([^\n]*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
 def blocks(text: str, language: str) -> list[str]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +19,12 @@ from click.testing import CliRunner, Result
 from moe_rco import _version, cli, recipe
 from moe_rco.errors import ModelError
 from moe_rco.report import Report
+from moe_rco.scoring.settings import BACKENDS, SUITES
 from tests.conftest import MINIMAL
 from tests.reports import report
 from tests.tiny_models import save_tiny
 
+ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = sorted(cli.app.commands)
 
 
@@ -300,8 +305,10 @@ def test_inspect_and_a_dry_run_as_json(tmp_path: Path) -> None:
     assert {option for layer in found["layers"] for option in layer["options"]} == {"bf16"}
     sets = ("calibration.sequences=8", "calibration.sequence_length=64", f"output={tmp_path / 'out'}")
     dry = run(
-        "prune", "--recipe", "demo", "--dry-run", "--json", *(part for s in sets for part in ("--set", s))
+        *("prune", "--recipe", "demo", "--dry-run", "--json", "--quiet"),
+        *(part for s in sets for part in ("--set", s)),
     )
+    assert dry.stderr == ""
     told = json.loads(dry.stdout)
     assert told["budgets"][0]["bytes"] * 4 == told["experts_before"]
     assert sum(part["sequences"] for part in told["text"]) == told["sequences"]
@@ -315,12 +322,93 @@ def test_a_report_as_json(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert Report.model_validate_json(found.stdout) == report()
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_shells_can_complete(shell: str) -> None:
+SHELLS = {
+    "bash": r'''eval "$(_MOE_RCO_COMPLETE=bash_source moe-rco)"
+        compopt() { :; }  # outside of a completion there is none
+        COMP_WORDS=(moe-rco TYPED); COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+        _moe_rco_completion moe-rco; printf '%s\n' "${COMPREPLY[@]}"''',
+    "fish": '''_MOE_RCO_COMPLETE=fish_source moe-rco | source; complete -C "moe-rco TYPED"''',
+    "zsh": "",  # completes in a terminal only
+}
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_shells_can_complete(shell: str, tmp_path: Path) -> None:
     script = run_process(_MOE_RCO_COMPLETE=f"{shell}_source")
     assert script.returncode == 0
-    assert "moe-rco" in script.stdout
-    words = {"bash": {"COMP_WORDS": "moe-rco pru", "COMP_CWORD": "1"}}.get(shell)
-    if words is not None:
-        found = run_process(_MOE_RCO_COMPLETE="bash_complete", **words)
-        assert found.stdout.split(",")[-1].strip() == "prune"
+    assert "_moe_rco_completion" in script.stdout
+    assert f"_MOE_RCO_COMPLETE={shell}_source" in (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    if not SHELLS[shell] or shutil.which(shell) is None:
+        return
+    command = tmp_path / "moe-rco"
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m moe_rco.cli "$@"\n')
+    command.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+
+    def completed(words: str) -> set[str]:
+        done = subprocess.run(
+            [shell, "-c", SHELLS[shell].replace("TYPED", words)],
+            env={**os.environ, "PATH": path},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stderr == ""
+        return {line.split("\t")[0] for line in done.stdout.splitlines()}
+
+    assert completed("pru") == {"prune"}
+    assert completed("prune --recipe mixtral-8x7b-2") == {"mixtral-8x7b-24gb"}
+
+
+def completions(command: str, name: str, begun: str) -> list[tuple[str, str]]:
+    parameter = next(each for each in cli.app.commands[command].params if each.name == name)
+    context = cli.app.commands[command].make_context(command, [], resilient_parsing=True)
+    return [(item.type, item.value) for item in parameter.shell_complete(context, begun)]
+
+
+def test_what_is_completed() -> None:
+    assert completions("validate", "recipe", "demo") == [("file", "demo"), ("plain", "demo")]
+    assert completions("eval", "tasks", "de") == [("plain", "demo"), ("plain", "default")]
+    assert {("plain", word) for word in SUITES} <= set(completions("eval", "tasks", ""))
+    assert completions("eval", "backend", "") == [("plain", word) for word in BACKENDS]
+    for command in ("inspect", "init", "compare", "status", "verify", "serve", "eval"):
+        name = next(
+            each.name for each in cli.app.commands[command].params if isinstance(each, click.Argument)
+        )
+        assert completions(command, name or "", "o") == [("dir", "o")]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_can_be_quiet_and_verbose(command: str) -> None:
+    options = {option for each in cli.app.commands[command].params for option in each.opts}
+    assert {"--quiet", "--verbose", "--debug"} <= options
+    # Of `vllm serve` -q is --quantization, and other letters are parts of its options.
+    assert {"-q", "-v"} & options == (set() if command == "serve" else {"-q", "-v"})
+
+
+def test_quiet_commands_print_errors_and_json_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_tiny("qwen3_moe", "model")
+    report().save(Path("model"))
+    for words in (
+        ["validate", "demo"], ["inspect", "model"], ["status", "out"], ["init", "model", "-o", "my.yaml"],
+        ["compare", "model"],
+    ):  # fmt: skip
+        done = run(*words, "-q")
+        assert (done.exit_code, done.output) == (0, ""), words
+    assert Path("my.yaml").is_file()
+    assert Path("compare.html").is_file()
+    assert json.loads(run("inspect", "model", "-q", "--json").stdout)["num_experts"] == 8
+    assert_refused(run("inspect", "nowhere", "--quiet"), "no model directory nowhere")
+    both = run("inspect", "model", "-q", "-v")
+    assert both.exit_code == 2
+    assert "--quiet and --verbose contradict each other" in both.stderr
+    assert "TQDM_DISABLE" not in os.environ
+
+
+def test_verbose_commands_tell_who_they_are_and_stop_when_they_end() -> None:
+    told = run("validate", "demo", "-v")
+    assert told.exit_code == 0
+    assert re.fullmatch(rf"\d\d:\d\d:\d\d moe-rco {_version.__version__}, Python 3.*\n", told.stderr)
+    logging.getLogger("moe_rco.pipeline").info("nobody listens")
+    assert run("validate", "demo").stderr == ""

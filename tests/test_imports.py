@@ -56,11 +56,12 @@ ROOMS = (
     "template",
     "console",
     "stopping",
+    "cli_options",
     "cli",
 )
 # Its solver takes costs and a loss: it must not come to know what a model, a recipe or a file is.
 OPTIM_MAY_IMPORT = {"optim", "errors", "types"}
-SCREEN = {"console", "cli"}
+SCREEN = {"console", "cli_options", "cli"}
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 

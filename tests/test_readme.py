@@ -18,6 +18,7 @@ from tests.e2e.test_prune import SMALL
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+INTEGRITY = (ROOT / "docs" / "integrity.md").read_text(encoding="utf-8")
 # Run by continuous integration itself: the first installs, the second is what runs this test.
 RUN_BY_CI = ("make demo", "make test", "pip install -c constraints.txt -e .")
 # The same for a GPU: what it names is tested, and vLLM's CPU build stands in for vLLM.
@@ -25,6 +26,7 @@ FOR_A_GPU = "pip install -c constraints.txt -e '.[serve,eval]'"
 
 STAND_INS = {
     "/models/Qwen3-30B-A3B": str(DEMO_MODEL),
+    "/models/the-original": str(DEMO_MODEL),
     "out/qwen3-30b-a3b-35": "out/mine",
     "arc_easy,hellaswag": "demo_choice_code,demo_arithmetic",
     "--max-model-len 8192": "--max-model-len 512",
@@ -59,7 +61,7 @@ def test_recipes_are_valid(block: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_commands_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the demo model in the place of the large one, and little text."""
+    """Those of the page on integrity after the README's; the demo model in place of the large one, and little text."""
     monkeypatch.chdir(tmp_path)
     little = [
         part for setting in (*SMALL, "search.steps=0", "search.refine=0") for part in ("--set", setting)
@@ -76,7 +78,7 @@ def test_commands_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyP
     first = CliRunner().invoke(cli.app, ["prune", "--recipe", "demo", *little])
     assert first.exit_code == 0, first.output
     monkeypatch.setenv("MOE_RCO_CACHE", str(tmp_path / "cache"))
-    for command in commands(README):
+    for command in commands(README + INTEGRITY):
         if command in (*RUN_BY_CI, FOR_A_GPU) or command.startswith(("make ", "python -m eval.")):
             continue
         for theirs, ours in STAND_INS.items():

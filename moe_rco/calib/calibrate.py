@@ -7,6 +7,7 @@ distribution. Only one layer's Hessians and the activations between two layers a
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ from moe_rco.calib.reference import Reference
 from moe_rco.calib.room import Room
 from moe_rco.ckpt.store import Store
 from moe_rco.types import Progress
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,11 @@ def calibrate(
             weights, chosen = route(torch.cat(logits), model.top_k, model.renormalise)
             tokens = RoutedTokens(x.flatten(0, 1), weights, chosen, len(pools[0]) * length, experts)
             missing = [o for o in table.options if o.is_quantized and not store.has(index, o)]
+            made = ", ".join(option.name for option in missing) or "nothing, all is there from an earlier run"
+            seen = tokens.counts
+            _log.info(
+                "layer %d: %d to %d tokens an expert; quantised: %s", index, seen.min(), seen.max(), made
+            )
             layer_bank = bank.layer(index)
             workspace = WORKSPACE if bank.streaming is None else bank.streaming.workspace
             quantizer = LayerQuantizer(layer_bank, tokens, method if missing else "rtn", workspace)

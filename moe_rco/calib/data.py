@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from moe_rco.errors import DataError, ModelError
 from moe_rco.recipe import DEMO, DEMO_HELDOUT
 from moe_rco.recipe_sections import Calibration, DataSource
 
+_log = logging.getLogger(__name__)
 PIECE = 1 << 18
 """Characters that are made into tokens at a time: tokenizers take hundreds of bytes for each."""
 MOST_TOKENS = 1 << 24
@@ -179,6 +181,9 @@ def _pool(
             # Of a sequence's first token nothing is predicted.
             cut_rows = [row for row in cut_sequences(part, length) if (row[1:] >= 0).any()]
             rows.extend((domain, row) for row in cut_rows[: max(1, round(share * fraction))])
+        _log.info(
+            "calibration text %s: %d documents, %d tokens read", domain, len(documents[domain]), sizes[-1]
+        )
     return train, kept_out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, get_args
@@ -29,6 +30,7 @@ from moe_rco.optim.trace import pack_history, unpack_history
 from moe_rco.recipe_sections import Search
 from moe_rco.types import Assignment, Budget, CostTable, Progress
 
+_log = logging.getLogger(__name__)
 SEED, REFINED = "fisher seed", "rco, refined"
 START_BONUS = 1.0
 DOUBT, DOUBT_OF_PRUNING = 0.25, 0.5
@@ -117,7 +119,7 @@ def find(
     tried = list[Candidate]()
     with progress.stage("judge the candidates", len(candidates)) as advance:
         for name, assignment in candidates.items():
-            tried.append(Candidate(name, assignment, judge(assignment.choice)))
+            tried.append(_told(Candidate(name, assignment, judge(assignment.choice))))
             advance(1)
     best, rival = tried[0], min(tried, key=lambda candidate: candidate.kl)
     if job.prefers(rival, best):
@@ -128,14 +130,31 @@ def find(
     # Where the budget leaves no choice there is nothing to search.
     if search.method in SEARCHES and smallest < budget.bytes < largest:
         for found, records, ended in job.results(best, rival):
-            tried.append(found)
+            tried.append(_told(found))
             history += records
             final = final if ended is None else ended
             if job.prefers(found, best):
                 best = found
     others = [Candidate(name, other, judge(other.choice)) for name, other in (mixed or {}).items()]
     compared = min(others, key=lambda candidate: candidate.kl, default=None)
+    _log.info("chosen: %s", best.name)
     return Chosen(best, tuple(sorted(tried, key=lambda candidate: candidate.kl)), history, compared, final)
+
+
+def _told(candidate: Candidate) -> Candidate:
+    cost = candidate.assignment.cost
+    _log.info("candidate %s: KL %.5f on text kept out, %s bytes", candidate.name, candidate.kl, f"{cost:,}")
+    return candidate
+
+
+def _tell(name: str, record: StepRecord) -> None:
+    parts = [f"loss {record.loss:.5f}"]
+    if record.tau:  # races have none
+        parts += [f"budget error {record.budget_error:.1e}", f"temperature {record.tau:.3f}"]
+        parts += [f"entropy {record.entropy:.3f}"]
+    if record.value is not None:
+        parts.append(f"{record.value:.5f} on text kept out, best {record.best:.5f}")
+    _log.info("%s step %d: %s", name, record.step, ", ".join(parts))
 
 
 @dataclass(frozen=True)
@@ -203,6 +222,7 @@ class _Job:
 
             def on_step(record: StepRecord) -> None:
                 self._save(record, {})
+                _tell("search", record)
                 advance(1)
 
             shared: dict[str, Any] = {
@@ -244,6 +264,7 @@ class _Job:
             def on_step(record: StepRecord) -> None:
                 nonlocal done
                 self._save(record, first)
+                _tell("races", record)
                 advance(min(passes, record.evaluations) - done)
                 done = min(passes, record.evaluations)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 from moe_rco.ckpt.reader import INDEX
 from moe_rco.ckpt.writer import Entry, replace_text, sha256_of, sync_directory, write_file, write_text
+
+_log = logging.getLogger(__name__)
 
 
 class ShardManifest:
@@ -101,6 +104,7 @@ class ShardWriter:
 
     def _write_shard(self, path: Path, shard: list[Entry], advance: Callable[[int], None]) -> None:
         if self.manifest is not None and self.manifest.holds(path):
+            _log.info("%s is there from an earlier run", path.name)
             advance(sum(entry.nbytes for entry in shard))
             return
         partial = path.with_name(path.name + ".tmp")
@@ -109,3 +113,4 @@ class ShardWriter:
         sync_directory(self.directory)
         if self.manifest is not None:
             self.manifest.add(path.name, digest)
+        _log.info("wrote %s: %d tensors", path.name, len(shard))

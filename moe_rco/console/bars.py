@@ -1,4 +1,4 @@
-"""Progress: bars, or plain lines where there is no terminal."""
+"""Progress: bars, or plain lines where there is no terminal, as in a log or a notebook."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ class RichProgress:
     @contextmanager
     def stage(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
         """See types.Progress. Stages may be opened inside one another."""
-        if not self._console.is_terminal or self._console.is_dumb_terminal:
+        plain = self._console.is_dumb_terminal or self._console.is_jupyter  # where bars would need widgets
+        if plain or not self._console.is_terminal:
             with self._lines(title, total) as advance:
                 yield advance
         elif self._bars is not None:

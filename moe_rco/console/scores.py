@@ -6,9 +6,8 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_rco.console.parts import stdout
-from moe_rco.report import TaskScore
+from moe_rco.report import SIGNIFICANT, TaskScore
 from moe_rco.scoring import Outcome
-from moe_rco.scoring.paired import SIGNIFICANT
 
 
 def show_scores(outcome: Outcome, console: Console | None = None) -> None:

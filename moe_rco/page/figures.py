@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
 from moe_rco.chart import Interval, Mark, Panel
 from moe_rco.curve import Curve
-from moe_rco.report import Candidate, Report, TaskScore
+from moe_rco.report import SIGNIFICANT, Candidate, Report, TaskScore
 
 Row = tuple[str, tuple[Interval, ...]]
 
@@ -36,21 +38,82 @@ def scores(report: Report) -> list[TaskScore]:
     return list(report.scores)
 
 
-def _name(score: TaskScore) -> str:
-    return f"{score.task} {score.metric}"
-
-
-def score_intervals(report: Report) -> list[Row]:
-    """Of every task, the original above this model."""
-    rows: list[Row] = []
+def score_intervals(report: Report) -> dict[str, list[Row]]:
+    """By metric and backend, and of every task that is in no group shown, the original above this model."""
+    charts: dict[str, list[Row]] = {}
+    backends = {score.backend for score in report.scores}
     for score in report.scores:
+        if score.group is not None:
+            continue
         row = []
         if score.baseline is not None:
             row.append(
                 _interval(f"{score.baseline.model}", score.baseline.score, score.baseline.stderr, "faint")
             )
-        rows.append((_name(score), (*row, _interval("compressed", score.score, score.stderr))))
-    return rows
+        better = {True: ", higher is better", False: ", lower is better", None: ""}[score.higher_is_better]
+        title = f"{score.metric}{better}" + (f" ({score.backend})" if len(backends) > 1 else "")
+        charts.setdefault(title, []).append(
+            (score.task, (*row, _interval("compressed", score.score, score.stderr)))
+        )
+    return charts
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The mean over `tasks` that are scored between 0 and 1, before and after, and the standard error of the difference.
+
+    `different` of all that were compared differ by more than chance.
+    """
+
+    tasks: int
+    before: float
+    after: float
+    stderr: float | None
+    compared: int
+    different: int
+
+
+def accuracy(report: Report) -> Accuracy | None:
+    """Of the scores of one backend, the last that was used; None where nothing was compared."""
+    rows = [score for score in report.scores if score.group is None and score.baseline is not None]
+    rows = [score for score in rows if score.backend == rows[-1].backend]
+    pairs = [
+        (score.score, score.baseline)
+        for score in rows
+        if score.baseline
+        and score.higher_is_better
+        and 0 <= score.score <= 1
+        and 0 <= score.baseline.score <= 1
+    ]
+    if not pairs:
+        return None
+    errors = [before.difference_stderr for _, before in pairs]
+    known = [error for error in errors if error is not None]
+    p = [score.baseline.p for score in rows if score.baseline and score.baseline.p is not None]
+    return Accuracy(
+        len(pairs),
+        sum(before.score for _, before in pairs) / len(pairs),
+        sum(after for after, _ in pairs) / len(pairs),
+        math.hypot(*known) / len(pairs) if len(known) == len(pairs) else None,
+        len(p),
+        sum(value < SIGNIFICANT for value in p),
+    )
+
+
+def eval_commands(report: Report) -> list[str]:
+    """What gave the scores: a command for each directory of lm-eval's output."""
+    tasks: dict[tuple[str, str, int | None], dict[str, None]] = {}
+    for score in report.scores:
+        tasks.setdefault((score.files, score.backend, score.limit), {})[score.group or score.task] = None
+    commands = []
+    for (files, backend, limit), names in tasks.items():
+        shots = re.search(r"-(\d+)shot$", files)
+        commands.append(
+            f"moe-rco eval {shlex.quote(report.output)} --backend {backend} --tasks {','.join(names)}"
+            + (f" --limit {limit}" if limit is not None else "")
+            + (f" --num-fewshot {shots[1]}" if shots else "")
+        )
+    return commands
 
 
 def domain_intervals(report: Report) -> list[Row]:

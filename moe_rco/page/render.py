@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,15 @@ def page(report: Report, recipe: str = "") -> str:
             report=report,
             recipe=recipe,
             data=_embedded(json.loads(report.to_json())),
+            place=shlex.quote(report.output),
+            recipe_place=shlex.quote(f"{report.output}/recipe.yaml"),
             headline=figures.headline(report),
             scores=figures.scores(report),
-            score_chart=_drawn(figures.score_intervals(report), zero=False),
+            score_charts=[
+                (title, _drawn(rows, zero=False)) for title, rows in figures.score_intervals(report).items()
+            ],
+            accuracy=figures.accuracy(report),
+            eval_commands=figures.eval_commands(report),
             domain_chart=_drawn(figures.domain_intervals(report)),
             candidates=figures.candidates(report),
             history=[Markup(figure(panel)) for panel in figures.history(report)],

@@ -19,7 +19,6 @@ KINDS: tuple[Kind, ...] = ("mean", "perplexity", "bits")
 
 MCNEMAR = "McNemar, exact"
 SIGN_FLIP = "paired sign-flip permutation"
-SIGNIFICANT = 0.05
 
 _FLIPS = 10_000
 _EXACT_ITEMS = 12

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
+from rich.console import Console
 
 from moe_rco import console
 from tests.console.screens import ESCAPES, screen, shown
@@ -49,3 +53,14 @@ def test_progress_stages_nest_may_be_empty_and_survive_errors(color: bool) -> No
     for part in ("outer", "inner [a]", "failing", "after"):
         assert part in text
     assert "failing: done" not in text
+
+
+def test_progress_in_a_notebook_is_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bars there need widgets; without them rich warns at every step, and shows nothing."""
+    outputs: list[dict[str, str]] = []
+    shows = SimpleNamespace(display=lambda value: outputs.append(value._repr_mimebundle_(["text/plain"], [])))
+    monkeypatch.setitem(sys.modules, "IPython.display", shows)
+    with console.RichProgress(Console(force_jupyter=True)).stage("quantise", 2) as advance:
+        advance(2)
+    told = [ESCAPES.sub("", output["text/plain"]).strip() for output in outputs]
+    assert told == ["quantise ...", "quantise: done in 0.0 s"]

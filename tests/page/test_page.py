@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from moe_rco.chart import intervals
 from moe_rco.curve import Curve
 from moe_rco.page import compared, page, save
+from moe_rco.page.figures import accuracy, eval_commands, score_intervals
 from moe_rco.report import Report
 from tests.reports import FITTED, report, report_data, score
 
@@ -79,12 +81,44 @@ def test_the_headline_and_the_tables_have_its_figures(full: Report) -> None:
     for figure in (
         "3.81 MiB → 975.59 KiB", "25.0 % of before; budget ratio 0.25, 1,000 bytes left", "1,499,000 bytes on disk",
         "0.06250", "± 0.00070", "2.0000 → 2.0625", "perplexity 7.389 → 7.866",
+        "mean score of 2 tasks 0.7000 → 0.6500 difference -0.0500 ± 0.0087; 2 of 2 comparisons are more than chance",
+        "acc, higher is better", "moe-rco eval 'out/[demo]' --backend hf --tasks arc_easy,gsm8k moe-rco serve",
         "arc_easy hf acc 1,234 0.7000 ± 0.0121 0.6500 ± 0.0125 -0.0500 ± 0.0123 0.0321",
         "rco step 40, chosen 0.06250 999,000", "uniform int4-g64 0.25000 990,000",
         "11 steps, races among them; seed 0", "0 to 9 tokens an expert", "Layer 0: 2, 5. Layer 2: 7.",
         "a warning", "version: 1", "1 min 01 s", "a" * 64,
     ):  # fmt: skip
         assert figure in text, figure
+
+
+def test_scores_of_a_metric_have_a_chart_and_what_gave_them_a_command() -> None:
+    made = report().with_scores(
+        [
+            score("mmlu"),
+            score("mmlu_law", group="mmlu"),
+            score("wikitext", "word_perplexity", higher_is_better=False, score=8.0),
+            score("gsm8k", "exact_match", num_fewshot=5, limit=20, files="eval/hf/gsm8k-limit20-5shot"),
+            score("a_task_with_a_name_longer_than_there_is_room_for", baseline=None),
+        ]
+    )
+    charts = score_intervals(made)
+    assert {title: [name for name, _ in rows] for title, rows in charts.items()} == {
+        "acc, higher is better": ["a_task_with_a_name_longer_than_there_is_room_for", "mmlu"],
+        "exact_match, higher is better": ["gsm8k"],
+        "word_perplexity, lower is better": ["wikitext"],
+    }
+    drawn = intervals(charts["acc, higher is better"])
+    assert re.search(r">a_task_with_a_name_\w+…<", drawn)
+    assert "<title>a_task_with_a_name_longer_than_there_is_room_for</title>" in drawn
+    found = accuracy(made)
+    assert found is not None
+    assert (found.tasks, found.compared, found.different) == (2, 3, 3)
+    assert found.stderr == pytest.approx(0.0123 / 2**0.5)
+    assert accuracy(report().with_scores([score("x", baseline=None)])) is None
+    assert eval_commands(made) == [
+        "moe-rco eval 'out/[demo]' --backend hf --tasks a_task_with_a_name_longer_than_there_is_room_for,mmlu,wikitext",
+        "moe-rco eval 'out/[demo]' --backend hf --tasks gsm8k --limit 20 --num-fewshot 5",
+    ]
 
 
 def test_every_expert_has_a_cell_that_tells_of_it(full: Report) -> None:
