@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from moe_rco.recipe import Recipe
     from moe_rco.recipe import load as load_recipe
     from moe_rco.report import Report
+    from moe_rco.tracking import Callback, trackers
 
 # Imported on first use: torch and transformers take seconds, and reading a recipe needs neither.
 _LAZY = {
+    "Callback": ("moe_rco.tracking", "Callback"),
     "Recipe": ("moe_rco.recipe", "Recipe"),
     "Report": ("moe_rco.report", "Report"),
     "RichProgress": ("moe_rco.console", "RichProgress"),
@@ -29,9 +31,11 @@ _LAZY = {
     "preflight": ("moe_rco.pipeline", "preflight"),
     "prune": ("moe_rco.pipeline", "prune"),
     "prune_all": ("moe_rco.pipeline", "prune_all"),
+    "trackers": ("moe_rco.tracking", "trackers"),
 }
 
 __all__ = [
+    "Callback",
     "Recipe",
     "Report",
     "RichProgress",
@@ -40,6 +44,7 @@ __all__ = [
     "preflight",
     "prune",
     "prune_all",
+    "trackers",
 ]
 
 register()

@@ -33,7 +33,16 @@ from moe_rco.cli_options import (
     say,
     show,
 )
-from moe_rco.errors import FileError, MemoryShortageError, OutputError, PlanError, ScoringError, UserError
+from moe_rco.errors import (
+    FileError,
+    HubError,
+    MemoryShortageError,
+    OutputError,
+    PlanError,
+    RecipeError,
+    ScoringError,
+    UserError,
+)
 from moe_rco.explain import explained
 from moe_rco.stopping import LINE, Stopping
 
@@ -127,6 +136,14 @@ def app() -> None:
 @click.option("--overwrite", is_flag=True, help="Replace the output directory if it exists.")
 @click.option("--dry-run", is_flag=True, help="Show sizes, memory and settings, and stop.")
 @click.option(
+    "--report-to",
+    multiple=True,
+    type=click.Choice(["tensorboard", "wandb"]),
+    help="Log the search there, too; can be repeated.",
+)
+@click.option("--push-to-hub", metavar="REPO", help="Publish the result on the Hub, as `moe-rco push` does.")
+@click.option("--private", is_flag=True, help="Make a new repository on the Hub private.")
+@click.option(
     "--json",
     "as_json",
     is_flag=True,
@@ -134,7 +151,15 @@ def app() -> None:
 )
 @habits()
 def prune(
-    recipe: str, output: str | None, overrides: tuple[str, ...], overwrite: bool, dry_run: bool, as_json: bool
+    recipe: str,
+    output: str | None,
+    overrides: tuple[str, ...],
+    overwrite: bool,
+    dry_run: bool,
+    report_to: tuple[str, ...],
+    push_to_hub: str | None,
+    private: bool,
+    as_json: bool,
 ) -> None:
     """Choose, quantise, write, reload and measure, as a recipe says."""
     from moe_rco.recipe import load
@@ -143,11 +168,23 @@ def prune(
         # JSON text is YAML text in quotes: a directory named 35 stays a name.
         overrides = (*overrides, f"output={json.dumps(output, ensure_ascii=False)}")
     loaded = load(recipe, overrides)
+    if private and push_to_hub is None:
+        raise HubError(
+            "--private says how to publish, but nothing is to be published; add --push-to-hub REPO"
+        )
+    if push_to_hub is not None and len(loaded.budget) > 1:
+        raise RecipeError(
+            "--push-to-hub publishes one model, and the recipe has several budgets; use `moe-rco push` for each"
+        )
 
-    from moe_rco import console, page, pipeline
+    from moe_rco import console, page, pipeline, publishing, tracking
     from moe_rco.calib.team import leads
     from moe_rco.curve import Curve
+    from moe_rco.report import Preflight
 
+    callbacks = tracking.trackers(report_to)
+    if push_to_hub is not None and leads():
+        publishing.check_account(push_to_hub)
     if dry_run:
         show(
             console.show_preflight, pipeline.preflight(loaded, progress=bars(), overwrite=overwrite), as_json
@@ -155,12 +192,20 @@ def prune(
         return
     if not leads():
         hush()
-    told = (lambda preflight: None) if quiet() else console.show_forecast
-    reports = pipeline.prune_all(loaded, progress=bars(), overwrite=overwrite, told=told)
+
+    def told(expected: Preflight) -> None:
+        if not quiet():
+            console.show_forecast(expected)
+        if push_to_hub is not None:
+            publishing.make_repository(push_to_hub, private)  # what the Hub refuses is to be known now
+
+    reports = pipeline.prune_all(loaded, progress=bars(), overwrite=overwrite, told=told, callbacks=callbacks)
     if not leads():
         return
     if len(reports) == 1:
         show(console.show_summary, reports[0], as_json)
+        if push_to_hub is not None:
+            _push(loaded.output, push_to_hub, private, None)
         return
     names = [point.directory for point in Curve.load(Path(loaded.output)).points]
     named = dict(zip(names, reports, strict=True))
@@ -169,6 +214,47 @@ def prune(
         f"and a page for your browser: {loaded.output}/{page.FILE_NAME}"
     )
     show(lambda named: console.show_comparison(named, written), named, as_json)
+
+
+def _push(directory: str, repo: str, private: bool, revision: str | None) -> None:
+    from moe_rco import publishing
+
+    # After `prune` the same command would begin anew.
+    _stopping.line = f"interrupted; `{publishing.command(directory, repo, private, revision)}` goes on"
+    what = publishing.collect(directory, repo, bars())
+    if what.paths:
+        note(f"note: recipe and report are published with the paths in them: {', '.join(what.paths)}")
+    _stopping.at_once()  # the client's threads would be waited for, and files are only read from here on
+    done = publishing.publish(what, repo, private=private, revision=revision)
+    note(f"Published {done.files} files, {done.bytes:,} bytes: {done.url} (commit {done.commit})")
+
+
+@app.command(
+    epilog=_example(
+        "moe-rco push out/qwen3 you/Qwen3-30B-A3B-24GB --private",
+        "moe-rco push out/qwen3 you/Qwen3-30B-A3B-24GB --card",
+    )
+)
+@click.argument("directory", shell_complete=directories)
+@click.argument("repo")
+@click.option("--private", is_flag=True, help="Make a new repository private.")
+@click.option("--revision", metavar="BRANCH", help="Publish to this branch, made where there is none.")
+@click.option("--card", is_flag=True, help="Print the model card, and stop.")
+@habits()
+def push(directory: str, repo: str, private: bool, revision: str | None, card: bool) -> None:
+    """Publish what `prune` wrote on the Hugging Face Hub.
+
+    DIRECTORY holds one finished model, and REPO is a name such as you/your-model, made where there is none. Every byte is checked
+    first. Recipe and report are published as they are: paths of this machine in them are named before, and are not in the
+    model card. That is made from the report; a README.md in DIRECTORY takes its place.
+    """
+    from moe_rco import publishing
+
+    if card:
+        click.echo(publishing.card_of(directory, repo), nl=False)
+        return
+    publishing.check_account(repo)
+    _push(directory, repo, private, revision)
 
 
 @app.command(epilog=_example("moe-rco status out/demo", "moe-rco status out/demo --json"))

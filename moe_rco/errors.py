@@ -97,6 +97,12 @@ class ScoringError(UserError):
     remedy = "Correct the option that is named; `pip install 'moe_rco[eval]'` where lm-eval is missing."
 
 
+class HubError(UserError):
+    """The Hugging Face Hub cannot be reached, does not know who asks, or refuses what is to be published."""
+
+    remedy = "Log in with a token that may write (`hf auth login`), or name a repository of your own; the same command goes on."
+
+
 class StoreError(UserError):
     """The quantised store was made from other weights, data or settings, or is damaged."""
 

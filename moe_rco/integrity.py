@@ -64,12 +64,16 @@ class Verification(_Part):
 
 
 def verify(
-    directory: str | Path, original: str | Path | None = None, progress: Progress | None = None
+    directory: str | Path,
+    original: str | Path | None = None,
+    progress: Progress | None = None,
+    *,
+    run: bool = True,
 ) -> tuple[Verification, ...]:
     """Check every model of an output: the only one, or that of every budget.
 
-    Compares every file and tensor with the manifest, and recipe, plan, config.json, manifest and report with each other, and
-    lets some tokens through the model. With `original`, a directory, what was not to change is compared with it.
+    Compares every file and tensor with the manifest, and recipe, plan, config.json, manifest and report with each other; lets
+    some tokens through the model if it is to `run`. With `original`, a directory, what was not to change is compared with it.
     Raises PlanError where there is no manifest to compare with, and ModelError where `original` is no model.
     """
     directory, progress = Path(directory), progress or Silent()
@@ -77,7 +81,7 @@ def verify(
     if (directory / CURVE).is_file():
         names = tuple(point.directory for point in Curve.load(directory).points)
     source = None if original is None else Checkpoint(original)
-    return tuple(_Output.of(directory / name).verified(source, progress) for name in names)
+    return tuple(_Output.of(directory / name).verified(source, progress, run) for name in names)
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ class _Output:
     def of(cls, directory: Path) -> _Output:
         return cls(directory, Manifest.load(directory))
 
-    def verified(self, original: Checkpoint | None, progress: Progress) -> Verification:
+    def verified(self, original: Checkpoint | None, progress: Progress, run: bool) -> Verification:
         checks = [
             *self._bytes(progress),
             _check("plan", self._plan),
@@ -97,9 +101,10 @@ class _Output:
             _check("chain", self._chain),
             _check("report", self._report),
         ]
-        with progress.stage("run it", 1) as advance:
-            checks.append(_check("forward pass", self._forward))
-            advance(1)
+        if run:
+            with progress.stage("run it", 1) as advance:
+                checks.append(_check("forward pass", self._forward))
+                advance(1)
         if original is not None:
             source = original
             checks.append(_check("original", lambda: self._original(source, progress)))

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from moe_rco.calib.data import TokenPool, heldout_pool, load_tokenizer
 from moe_rco.calib.fisher import fisher_effects
 from moe_rco.calib.objective import AssignedModel
 from moe_rco.calib.runner import Runner
-from moe_rco.calib.search import SEED, Chosen, find, knapsack, start_logits
+from moe_rco.calib.search import SEED, Chosen, Watch, find, knapsack, start_logits
 from moe_rco.calib.streaming import Streaming
 from moe_rco.calib.team import Team, joined
 from moe_rco.ckpt.destination import check_place, existing_parent, publish, recover
@@ -55,6 +56,7 @@ from moe_rco.reload import RELOAD_SEQUENCES, reload
 from moe_rco.report import FILE_NAME as REPORT
 from moe_rco.report import Preflight, Report
 from moe_rco.reporting import build_report
+from moe_rco.tracking import Callback, following
 from moe_rco.types import Assignment, Budget, Progress, Silent
 
 _log = logging.getLogger(__name__)
@@ -84,11 +86,17 @@ def preflight(recipe: Recipe, *, progress: Progress | None = None, overwrite: bo
     return checks.check(recipe, progress or Silent(), overwrite=overwrite)
 
 
-def prune(recipe: Recipe, *, progress: Progress | None = None, overwrite: bool = False) -> Report:
+def prune(
+    recipe: Recipe,
+    *,
+    progress: Progress | None = None,
+    overwrite: bool = False,
+    callbacks: Sequence[Callback] = (),
+) -> Report:
     """`prune_all` for a recipe with one budget. Raises UserError for what the user can repair."""
     if len(recipe.budget) > 1:
         raise RecipeError(f"budget: {len(recipe.budget)} are listed; prune_all makes a model for each")
-    return prune_all(recipe, progress=progress, overwrite=overwrite)[0]
+    return prune_all(recipe, progress=progress, overwrite=overwrite, callbacks=callbacks)[0]
 
 
 def prune_all(
@@ -97,6 +105,7 @@ def prune_all(
     progress: Progress | None = None,
     overwrite: bool = False,
     told: Callable[[Preflight], None] = lambda preflight: None,
+    callbacks: Sequence[Callback] = (),
 ) -> tuple[Report, ...]:
     """Do the whole job of a recipe: the output directory appears complete, measured and with its report, or not at all.
 
@@ -104,15 +113,16 @@ def prune_all(
     the curve of quality against bytes (`Curve`).
     What is done is kept in `<output>.work` until the end, so that a run interrupted at any moment goes on where it was.
     Started by torchrun, several processes share the work in one file system; the first of them writes, and all return
-    the report. Before the long work begins, `told` gets to know what it will take. Raises UserError for what the user can
-    repair.
+    the report. Before the long work begins, `told` gets to know what it will take; `callbacks` are told of the search, in the
+    first process only, and change nothing. Raises UserError for what the user can repair.
     """
     output = Path(recipe.output)
     work = WorkDirectory.of(output)
     clock = Clock(progress or Silent())
     with explaining(lambda: _needs(work, clock)):
         check_place(output)
-        return _shared(recipe, work, output, clock, overwrite, told)
+        with following(callbacks) as follower:
+            return _shared(recipe, work, output, clock, overwrite, told, follower)
 
 
 def _shared(
@@ -122,12 +132,14 @@ def _shared(
     clock: Clock,
     overwrite: bool,
     told: Callable[[Preflight], None],
+    follower: Callback,
 ) -> tuple[Report, ...]:
     with joined() as team, work.locked() if team.leads else nullcontext() as lock:
         if team.leads:
             recover(output)
         team.wait()
-        return _prune(recipe, work, output, clock, overwrite, team, told, lock)
+        follower = follower if team.leads else Callback()
+        return _prune(recipe, work, output, clock, overwrite, team, told, follower, lock)
 
 
 def _needs(work: WorkDirectory, clock: Clock) -> Needs:
@@ -148,6 +160,7 @@ def _prune(
     overwrite: bool,
     team: Team,
     told: Callable[[Preflight], None],
+    follower: Callback,
     lock: Lock | None,
 ) -> tuple[Report, ...]:
     ready = team.in_turn(lambda: checks.make_ready(recipe, overwrite=overwrite))
@@ -155,7 +168,7 @@ def _prune(
     sized, checkpoint = ready.sized, ready.checkpoint
     parts = part_names(sized.budgets)
     with staying(checkpoint, work.clear if team.leads else lambda: None):
-        reports, sealed = _made(ready, work, output, parts, clock, team, told)
+        reports, sealed = _made(ready, work, output, parts, clock, team, told, follower)
     if not team.leads:
         team.wait()
         return tuple(Report.load(output / name) for name in parts)
@@ -192,6 +205,7 @@ def _made(
     clock: Clock,
     team: Team,
     told: Callable[[Preflight], None],
+    follower: Callback,
 ) -> tuple[list[Report], list[Sealed]]:
     """A model for every budget, in the work directory; where this process leads, the reports and what was written."""
     recipe, sized, checkpoint = ready.recipe, ready.sized, ready.checkpoint
@@ -204,13 +218,15 @@ def _made(
         expected = checks.describe(sized, ready, times)
         clock.times, clock.expected = times, expected
         told(expected)
+        follower.on_begin(recipe, parts, work.path)
     prepared = prepare(ready, work.path, clock, team)
     heldout = heldout_pool(recipe.calibration, load_tokenizer(checkpoint.directory), prepared.pools[1])
     reports, sealed, neighbour = list[Report](), list[Sealed](), None
     for name, budget in zip(parts, sized.budgets, strict=True):
-        job = _Job(sized, prepared, heldout, budget, work.part(name), output / name, clock.at(name))
+        job = _Job(sized, prepared, heldout, budget, work.part(name), output / name, clock.at(name), follower)
         report, neighbour = job.done(neighbour)
         if report is not None:
+            follower.on_report(name, report)
             reports.append(report)
             sealed.append(Sealed.of(job.part.checkpoint))
         clock.taken.clear()  # what all budgets share is told of the first
@@ -237,6 +253,7 @@ class _Job:
     part: Part
     output: Path
     clock: Clock
+    follower: Callback
 
     def done(self, neighbour: Neighbour | None) -> tuple[Report | None, Neighbour | None]:
         """The report, if this process leads, and what the next budget starts from, if there is one.
@@ -252,7 +269,8 @@ class _Job:
         if report is None or (state is None and not last):
             leads = self.prepared.model.team.leads
             search = replace(self.part.search(*inputs), read_only=not leads)
-            chosen = choose(self.prepared, self.budget, recipe, self.clock, search, neighbour)
+            watch = partial(self.follower.on_step, self.clock.name)
+            chosen = choose(self.prepared, self.budget, recipe, self.clock, search, neighbour, watch)
             state = {"choice": torch.from_numpy(chosen.best.assignment.choice)}
             if chosen.logits is not None:
                 state["logits"] = chosen.logits
@@ -364,11 +382,12 @@ def choose(
     progress: Progress,
     resume: SavedState | None = None,
     neighbour: Neighbour | None = None,
+    watch: Watch = lambda stage, record: None,
 ) -> Chosen:
     """Search for the best assignment within a budget; simple methods' assignments take part as candidates.
 
     For layout stock what layout mixed would start its search from is judged too, for comparison. `rco` begins where the
-    search for the `neighbour` ended.
+    search for the `neighbour` ended. `watch` is called with every step.
     """
     table, measured = prepared.model.table, (prepared.calibrated.usage, prepared.errors)
     method = recipe.search.method
@@ -391,6 +410,7 @@ def choose(
         resume,
         mixed,
         None if neighbour is None or method != "rco" else neighbour.logits,
+        watch,
     )
 
 

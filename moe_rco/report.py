@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moe_rco.calib.measure import Score
 from moe_rco.errors import PlanError
@@ -231,12 +231,14 @@ class Report(_Part):
     """The whole run. `kl` and `kl_stderr` are over all held-out text.
 
     `model_digest`, `recipe_digest` and `manifest` are SHA-256 (hex) of the original model, what in the recipe decides the
-    result, and the output's manifest.json. `digest` is that of all else here, as it was saved.
+    result, and the output's manifest.json. `digest` is that of all else here, as it was saved. `from_hub` tells that `model` is
+    a name on the Hub, not a directory.
     """
 
     version: str
     software: Software
     model: str
+    from_hub: bool = Field(default=False, exclude_if=lambda value: not value)
     model_digest: str
     family: str
     recipe_digest: str

@@ -62,6 +62,7 @@ def build_report(
         version=__version__,
         software=_software(sized.device),
         model=recipe.model,
+        from_hub=recipe.model_directory is None,
         model_digest=model_digest,
         manifest=manifest,
         family=sized.adapter.model_type,

@@ -15,12 +15,13 @@ _NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
 class Stopping:
     """The first signal ends the main thread's work by SystemExit, so that everything is cleaned up; the second one ends the
-    process at once. What a run leaves then is no less fit to go on from: it may be killed at any moment.
+    process at once. What a run leaves then is no less fit to go on from: it may be killed at any moment. `line` is what it says.
     """
 
     def __init__(self) -> None:
         self.number = 0
-        self._told = False
+        self._told = self._at_once = False
+        self.line = LINE
 
     @property
     def code(self) -> int:
@@ -34,17 +35,21 @@ class Stopping:
                 signal.signal(number, self._received)
         self._unraisable, sys.unraisablehook = sys.unraisablehook, self._lost
 
+    def at_once(self) -> None:
+        """From now on the first signal ends the process as the second one does: there is nothing to clean up."""
+        self._at_once = True
+
     def tell(self) -> None:
         """Say it once; not through a stream that what was interrupted may be holding."""
         if not self._told:
             self._told = True
             with contextlib.suppress(OSError):  # nobody listens
-                os.write(2, f"{LINE}\n".encode())
+                os.write(2, f"{self.line}\n".encode())
 
     def _received(self, number: int, frame: FrameType | None) -> None:
-        if self.number:
+        again, self.number = self.number, self.number or number
+        if again or self._at_once:
             self._end()
-        self.number = number
         raise SystemExit(self.code)
 
     def _lost(self, unraisable: Any) -> None:

@@ -1,4 +1,4 @@
-"""Runs of `moe-rco prune` in processes of their own, forked from one that has loaded torch already.
+"""Runs of `moe-rco` in processes of their own, forked from one that has loaded torch already.
 
 Dozens of starts would otherwise take most of the time.
 """
@@ -25,7 +25,7 @@ _LOADED = (
 
 @dataclass(frozen=True)
 class Started:
-    """A `moe-rco prune` in `place`; what it prints goes to the file `output`."""
+    """A `moe-rco` in `place`; what it prints goes to the file `output`."""
 
     process: Any
     place: Path
@@ -53,21 +53,25 @@ Start = Callable[..., Started]
 
 @contextmanager
 def starting(*modules: str) -> Iterator[Start]:
-    """A function that starts `moe-rco prune ARGUMENTS` in a place. `modules` are loaded beforehand; whatever still runs in
-    the end is killed.
+    """A function that starts `moe-rco prune ARGUMENTS`, or another `command`, in a place. `modules` are loaded beforehand;
+    whatever still runs in the end is killed.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*_LOADED, *modules])
     started: list[Started] = []
 
     def begin(
-        place: Path, *arguments: str, before: Callable[[], None] | None = None, log: Path | None = None
+        place: Path,
+        *arguments: str,
+        command: str = "prune",
+        before: Callable[[], None] | None = None,
+        log: Path | None = None,
     ) -> Started:
         """`before` is called in the new process; it must be picklable."""
         place.mkdir(exist_ok=True)
         log = log or place.parent / f"{place.name}.log"
         log.unlink(missing_ok=True)
-        process = context.Process(target=_prune, args=(place, arguments, before, log))
+        process = context.Process(target=_run, args=(place, (command, *arguments), before, log))
         process.start()
         started.append(Started(process, place, log))
         return started[-1]
@@ -80,8 +84,8 @@ def starting(*modules: str) -> Iterator[Start]:
             run.process.join()
 
 
-def _prune(place: Path, arguments: tuple[str, ...], before: Callable[[], None] | None, log: Path) -> None:
-    """`moe-rco prune ARGUMENTS` with `place` as the current directory, and with small shards."""
+def _run(place: Path, arguments: tuple[str, ...], before: Callable[[], None] | None, log: Path) -> None:
+    """`moe-rco ARGUMENTS` with `place` as the current directory, and with small shards."""
     from moe_rco import cli
     from moe_rco.ckpt import rewrite
 
@@ -91,7 +95,7 @@ def _prune(place: Path, arguments: tuple[str, ...], before: Callable[[], None] |
     os.chdir(place)
     # A shell that starts the tests in the background has it ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.argv = ["moe-rco", "prune", *arguments]
+    sys.argv = ["moe-rco", *arguments]
     defaults = rewrite.rewrite.__kwdefaults__
     assert defaults is not None
     defaults["shard_bytes"] = SHARD_BYTES

@@ -60,6 +60,7 @@ def test_the_commands() -> None:
         "init",
         "inspect",
         "prune",
+        "push",
         "serve",
         "status",
         "validate",
@@ -164,7 +165,7 @@ def test_prune_passes_on_what_was_asked(recipe_file: Path, monkeypatch: pytest.M
         preflight=lambda loaded, *, progress, overwrite: (
             calls.append(("preflight", loaded, overwrite)) or "preflight"
         ),
-        prune_all=lambda loaded, *, progress, overwrite, told: (
+        prune_all=lambda loaded, *, progress, overwrite, told, callbacks: (
             told("forecast") or calls.append(("prune", loaded, overwrite)) or ("report",)
         ),
     )

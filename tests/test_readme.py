@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from click.testing import CliRunner
 
 from moe_rco import cli, recipe
 from moe_rco.recipe import DEMO_MODEL
+from tests import hub as hubs
 from tests.documents import blocks, commands
 from tests.e2e.test_prune import SMALL
 
@@ -31,6 +34,13 @@ STAND_INS = {
     "arc_easy,hellaswag": "demo_choice_code,demo_arithmetic",
     "--max-model-len 8192": "--max-model-len 512",
 }
+
+
+@contextlib.contextmanager
+def hub(home: Path) -> Iterator[None]:
+    """In the place of the Hugging Face Hub."""
+    with hubs.serving() as server, hubs.logged_in(server, home):
+        yield
 
 
 def test_make_commands_exist() -> None:
@@ -94,7 +104,8 @@ def test_commands_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyP
             words.append("--dry-run")
         if words[0] == "eval":
             words += ["--limit", "2", "--no-baseline"]
-        result = CliRunner().invoke(cli.app, words)
+        with hub(tmp_path) if words[0] == "push" else contextlib.nullcontext():
+            result = CliRunner().invoke(cli.app, words)
         assert result.exit_code == 0, (command, result.output, result.exception)
     assert (tmp_path / "out" / "mine" / "report.json").is_file()
     assert (tmp_path / "out" / "curve" / "25pct" / "report.json").is_file()

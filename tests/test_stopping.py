@@ -45,6 +45,15 @@ CLEANING = """
         except BaseException:
             time.sleep(20)
 """
+AT_ONCE = """
+    import moe_rco.cli
+    moe_rco.cli._stopping.line = "gone"
+    moe_rco.cli._stopping.at_once()
+    try:
+        send(signal.SIGINT)
+    finally:
+        time.sleep(20)
+"""
 ARGUMENTS = [
     ("send(signal.SIGINT)", 130),
     ("send(signal.SIGTERM)", 143),
@@ -66,6 +75,11 @@ def process(body: str) -> subprocess.CompletedProcess[str]:
 def test_one_line_and_the_code_a_shell_expects(body: str, code: int) -> None:
     result = process(body)
     assert (result.stdout, result.stderr, result.returncode) == ("", f"{LINE}\n", code)
+
+
+def test_where_nothing_is_to_be_cleaned_up_it_ends_at_once() -> None:
+    result = process(AT_ONCE)
+    assert (result.stdout, result.stderr, result.returncode) == ("", "gone\n", 130)
 
 
 def test_a_signal_that_was_to_be_ignored_is() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, get_args
 
@@ -25,7 +25,9 @@ from moe_rco.optim import (
     refine,
     solve,
 )
+from moe_rco.optim.races import RACES
 from moe_rco.optim.solve import BACKWARD
+from moe_rco.optim.solver import SEARCH
 from moe_rco.optim.trace import pack_history, unpack_history
 from moe_rco.recipe_sections import Search
 from moe_rco.types import Assignment, Budget, CostTable, Progress
@@ -60,6 +62,10 @@ def start_logits(q: np.ndarray, start: Assignment) -> torch.Tensor:
     logits = -q / max(temperature, 1e-12)
     logits[groups, start.choice] += START_BONUS
     return torch.from_numpy(logits)
+
+
+Watch = Callable[[str, StepRecord], None]
+"""Is called with the stage, `search` or `races`, and each of its steps."""
 
 
 class Resume(Protocol):
@@ -106,16 +112,18 @@ def find(
     resume: Resume | None = None,
     mixed: Mapping[str, Assignment] | None = None,
     logits: torch.Tensor | None = None,
+    watch: Watch = lambda stage, record: None,
 ) -> Chosen:
     """The best assignment found on the kept-out sequences by the recipe's method, which starts from the best candidate.
 
     With `rco` the first candidate stays unless another is clearly better; what has won its races on the calibration text
     already has only to be better. A method that does not search has its own
     assignments as candidates. `mixed` are assignments outside the table's layout, judged on the same text to tell what
-    the layout costs. `logits` [N, K] are where the search begins, in place of those of the best candidate.
+    the layout costs. `logits` [N, K] are where the search begins, in place of those of the best candidate. `watch` is called
+    with every record of the history, those of races counted on, before it is kept in `resume`.
     """
     judge = KeptOut(model, pools[1], references[1])
-    job = _Job(model, budget, q, pools, references, search, judge, progress, resume, logits)
+    job = _Job(model, budget, q, pools, references, search, judge, progress, resume, logits, watch)
     tried = list[Candidate]()
     with progress.stage("judge the candidates", len(candidates)) as advance:
         for name, assignment in candidates.items():
@@ -171,6 +179,7 @@ class _Job:
     progress: Progress
     resume: Resume | None
     logits: torch.Tensor | None
+    watch: Watch
 
     def prefers(self, candidate: Candidate, best: Candidate) -> bool:
         """Whether a candidate is to take the best one's place."""
@@ -202,8 +211,9 @@ class _Job:
             challengers.append(choice)
             yield self._candidate(search.method, choice), history, logits if logits.numel() else None
         if search.races:
-            result = self._refined(best.assignment.choice, challengers, state, first)
-            later = (replace(record, step=len(history) + record.step) for record in result.history)
+            before = len(history)
+            result = self._refined(best.assignment.choice, challengers, state, first, before)
+            later = (replace(record, step=before + record.step) for record in result.history)
             yield self._candidate(REFINED, result.choice), tuple(later), None
 
     def _candidate(self, name: str, choice: np.ndarray) -> Candidate:
@@ -221,6 +231,7 @@ class _Job:
                 advance(state["step"])
 
             def on_step(record: StepRecord) -> None:
+                self.watch(SEARCH, record)
                 self._save(record, {})
                 _tell("search", record)
                 advance(1)
@@ -250,6 +261,7 @@ class _Job:
         challengers: list[np.ndarray],
         state: Mapping[str, Any],
         first: Mapping[str, torch.Tensor],
+        before: int,
     ) -> SolveResult:
         search, table = self.search, self.model.table
         doubt = np.full(len(table.options), DOUBT)
@@ -263,6 +275,7 @@ class _Job:
 
             def on_step(record: StepRecord) -> None:
                 nonlocal done
+                self.watch(RACES, replace(record, step=before + record.step))
                 self._save(record, first)
                 _tell("races", record)
                 advance(min(passes, record.evaluations) - done)
