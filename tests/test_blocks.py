@@ -24,6 +24,8 @@ CHECKED_BY = {
     ("new-family.md", "bash"): "tests/test_new_family.py::test_following_it_adds_the_family",
     ("new-family.md", "python"): "tests/test_new_family.py::test_following_it_adds_the_family",
     ("new-family.md", "yaml"): "tests/test_new_family.py::test_following_it_adds_the_family",
+    ("publishing.md", "bash"): "tests/e2e/test_push.py::test_the_page_s_commands_work",
+    ("publishing.md", "python"): "tests/e2e/test_report_to.py::test_who_follows_changes_nothing",
     ("recipe.md", "yaml"): "tests/eval/test_reference.py::test_pages_are_up_to_date",
     ("security.md", "bash"): "tests/test_blocks.py::test_what_is_audited_is_there",
     ("tutorial.md", "bash"): "tests/test_tutorial.py::test_every_command_does_what_the_page_says",

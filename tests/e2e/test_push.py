@@ -6,8 +6,10 @@ import json
 import shlex
 import shutil
 import signal
+import tomllib
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from moe_rco.ckpt.manifest import NOT_LISTED, Manifest
 from moe_rco.ckpt.workdir import WorkDirectory
 from moe_rco.report import Report
 from tests import hub as hubs
+from tests.documents import ROOT, commands
 from tests.hub import STRANGER, TOKEN, Hub, sha256
 from tests.running import Start, starting
 from tests.tiny_job import save_job
@@ -181,6 +184,32 @@ def test_paths_of_this_machine_are_named_before_they_are_published(published: Hu
     assert model.startswith("/")
     assert model in note
     assert f"{model}/text.jsonl" in note
+
+
+def test_the_page_s_commands_work(
+    published: Hub, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that publish; the others are read by the programs that would run them."""
+    for place in ("demo", "curve/35pct"):
+        shutil.copytree(output, tmp_path / "out" / place)
+    monkeypatch.chdir(tmp_path)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for command in commands((ROOT / "docs" / "publishing.md").read_text(encoding="utf-8")):
+        typed, _, file = command.partition(" > ")
+        program, *words = shlex.split(typed)
+        if program == "moe-rco" and words[0] == "push":
+            result = moe_rco(*words)
+            assert result.exit_code == 0, (command, result.output)
+            if file:
+                Path(file).write_text(result.stdout)
+        elif program == "moe-rco":
+            cli.app.commands[words[0]].make_context(words[0], words[1:])
+        elif program == "pip":
+            assert set(words[-1].strip(".[]").split(",")) <= set(extras)
+        else:
+            assert program in {entry.name for entry in entry_points(group="console_scripts")}
+    assert published.files("you/demo-25")["README.md"] == Path("out/demo/README.md").read_bytes()
+    assert published.repositories["you/demo-25"].private
 
 
 def no_login(hub: Hub, patch: pytest.MonkeyPatch) -> None:

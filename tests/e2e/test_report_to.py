@@ -22,6 +22,7 @@ from moe_rco.optim import StepRecord
 from moe_rco.recipe import Recipe
 from moe_rco.report import Report, SearchStep
 from tests import wandb_log
+from tests.documents import ROOT, blocks
 from tests.killing import written
 from tests.running import SHARD_BYTES, Started, starting
 from tests.tiny_job import save_job
@@ -128,21 +129,32 @@ def test_wandb_has_each_step_of_the_report_once(logged: Path, history: tuple[Sea
 
 
 def test_who_follows_changes_nothing(
-    job: Path, logged: Path, history: tuple[SearchStep, ...], monkeypatch: pytest.MonkeyPatch
+    job: Path,
+    logged: Path,
+    history: tuple[SearchStep, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A run in Python, with a callback of one's own, against the one above."""
+    """The page's run in Python, with callbacks of one's own, against the one above."""
     (job.parent / "again").mkdir()
     monkeypatch.chdir(job.parent / "again")
     defaults: Any = rewrite.__kwdefaults__
     monkeypatch.setitem(defaults, "shard_bytes", SHARD_BYTES)
     monkeypatch.setattr("moe_rco.pipeline.stage_times", lambda *_: {})  # its measurement takes seconds
-    heard = Heard()
-    report = moe_rco.prune(moe_rco.load_recipe(job), callbacks=[heard])
+    heard, prune, load = Heard(), moe_rco.prune, moe_rco.load_recipe
+    monkeypatch.setattr(moe_rco, "load_recipe", lambda *_: load(job))
+    monkeypatch.setattr(
+        moe_rco, "prune", lambda recipe, callbacks: prune(recipe, callbacks=[heard, *callbacks])
+    )
+    (block,) = blocks((ROOT / "docs" / "publishing.md").read_text(encoding="utf-8"), "python")
+    exec(compile(block, "publishing.md", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
     assert written(Path("out")) == written(logged / "out")
     assert [(record.step, record.loss) for _, record in heard.steps] == [(s.step, s.kl) for s in history]
     assert [stage for stage, _ in heard.steps] == ["search"] * STEPS + ["races"] * (len(history) - STEPS)
-    assert (heard.begun, heard.reports, heard.ended) == ([("",)], [report], [False])
-    assert os.listdir() == ["out"]
+    assert (heard.begun, heard.reports, heard.ended) == ([("",)], [Report.load(Path("out"))], [False])
+    assert printed == [f"{stage} {record.step} {record.loss}" for stage, record in heard.steps]
+    assert sorted(os.listdir()) == ["out", "out.tensorboard"]
 
 
 def test_a_missing_library_is_told_before_the_work(
