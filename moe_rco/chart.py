@@ -95,7 +95,9 @@ def intervals(rows: Sequence[tuple[str, Sequence[Interval]]], zero: bool = True)
     values = [v for _, row in rows for i in row for v in (i.value - 2 * i.error, i.value + 2 * i.error)] or [
         0.0
     ]
-    ticks = _ticks(min([0.0, *values] if zero else values), max(values), 1.0)
+    low, high = min([0.0, *values] if zero else values), max(values)
+    slack = max(0.0, 0.1 * max(abs(low), abs(high)) - (high - low)) / 2  # equal values need no fine scale
+    ticks = _ticks(low - slack, high + slack, 1.0)
 
     def x(value: float) -> float:
         return left + (value - ticks[0]) / (ticks[-1] - ticks[0]) * (_WIDTH - left - right)

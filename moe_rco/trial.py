@@ -35,7 +35,7 @@ from moe_rco.job import Ready
 from moe_rco.quant.packing import cost_table
 from moe_rco.types import Budget, CostTable, Option, Silent
 
-ENOUGH = 0.3
+ENOUGH = 0.1
 """Seconds after which a call is long enough to be measured."""
 _FIRST, _REPEATED = 64, 8
 _WEIGHTS = 1 << 24
@@ -82,12 +82,16 @@ class Costs:
 
 def measure_costs(ready: Ready, place: Path | None = None) -> Costs:
     """Try it on the model's first MoE layer; files it needs are made in `place`, and removed. Raises ModelError, StoreError."""
-    with TemporaryDirectory(prefix=TRIAL, dir=place, ignore_cleanup_errors=True) as directory:
-        trial = _Trial(ready, Path(directory))
-        found = trial.costs()
-        trial.bank.let_go()
-    del trial
-    gc.collect()
+    gc.freeze()  # what is there already need not be looked through
+    try:
+        with TemporaryDirectory(prefix=TRIAL, dir=place, ignore_cleanup_errors=True) as directory:
+            trial = _Trial(ready, Path(directory))
+            found = trial.costs()
+            trial.bank.let_go()
+        del trial
+        gc.collect()
+    finally:
+        gc.unfreeze()
     give_back()
     return found
 
@@ -224,8 +228,7 @@ class _Trial:
         def quantise() -> None:
             quantizer.quantise(self.layer, options, few, self.store, lambda _: None, Team())
 
-        quantise()  # what is done only once is nothing beside all experts
-        return self._seconds(quantise) / experts, hessian
+        return self._warm(quantise) / experts, hessian  # what is done only once is nothing beside all experts
 
     def _inputs(self, ids: torch.Tensor) -> torch.Tensor:
         """What goes into the layer's experts, [T, H]."""

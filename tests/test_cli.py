@@ -285,7 +285,8 @@ def test_interrupt() -> None:
     assert result.stderr.startswith("interrupted")
 
 
-def test_a_dry_run_counts_the_text_that_is_there(tmp_path: Path) -> None:
+def test_a_dry_run_counts_the_text_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_rco.preflight.stage_times", lambda *arguments: {})
     settings = ("--output", tmp_path / "out", "--set", "calibration.sequences=100000000")
     result = run("prune", "--recipe", "demo", "--dry-run", *settings)
     assert result.exit_code == 0
@@ -299,7 +300,8 @@ def test_what_prints_a_table_prints_json_too(command: str) -> None:
     assert "--json" in run(command, "--help").stdout
 
 
-def test_inspect_and_a_dry_run_as_json(tmp_path: Path) -> None:
+def test_inspect_and_a_dry_run_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_rco.preflight.stage_times", lambda *arguments: {})
     model = save_tiny("qwen3_moe", tmp_path / "model")
     found = json.loads(run("inspect", model, "--json").stdout)
     assert (found["num_experts"], found["top_k"], found["directory"]) == (8, 2, str(model))

@@ -36,11 +36,23 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_job(tmp_path_factory.mktemp("job"), steps=0, refine=0)
 
 
-@pytest.fixture(scope="module", params=["mixed", "stock"])
-def pristine(request: pytest.FixtureRequest, job: Path) -> Path:
-    output = job.parent / request.param
-    prune(recipes.load(str(job), [f"output={output}", *(STOCK if request.param == "stock" else [])]))
+@pytest.fixture(scope="module")
+def mixed(job: Path) -> Path:
+    output = job.parent / "mixed"
+    prune(recipes.load(str(job), [f"output={output}"]))
     return output
+
+
+@pytest.fixture(scope="module")
+def stock(job: Path) -> Path:
+    output = job.parent / "stock"
+    prune(recipes.load(str(job), [f"output={output}", *STOCK]))
+    return output
+
+
+@pytest.fixture(scope="module", params=["mixed", "stock"])
+def pristine(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture
@@ -272,8 +284,8 @@ def test_the_quick_check(output: Path, name: str, change: Callable[[Path], objec
         check_quickly(output)
 
 
-def test_the_quick_check_compares_what_a_loader_was_given(job: Path, tmp_path: Path) -> None:
-    prune(recipes.load(str(job), [f"output={tmp_path / 'out'}"]))
+def test_the_quick_check_compares_what_a_loader_was_given(mixed: Path, tmp_path: Path) -> None:
+    shutil.copytree(mixed, tmp_path / "out")
     entry = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     check_quickly(tmp_path / "out", entry)
     entry["layers"]["0"] = {"bf16": list(range(8))}

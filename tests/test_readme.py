@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from moe_rco import cli, recipe
 from moe_rco.recipe import DEMO_MODEL
+from moe_rco.scoring.settings import SUITES
 from tests import hub as hubs
 from tests.documents import blocks, commands
 from tests.e2e.test_prune import SMALL
@@ -54,6 +55,11 @@ def test_the_gpu_s_install_names_extras_that_exist() -> None:
     assert FOR_A_GPU in set(commands(README))
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert {"serve", "eval"} <= set(extras)
+
+
+def test_suites_are_what_it_says() -> None:
+    for name, tasks in SUITES.items():
+        assert f"`{name}` ({', '.join(tasks)})" in README
 
 
 def test_links_lead_somewhere() -> None:

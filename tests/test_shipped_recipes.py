@@ -90,5 +90,6 @@ def test_what_the_comments_say_is_what_the_recipe_does(name: str) -> None:
         f"{fit.max_num_seqs} sequence{'s' if fit.max_num_seqs > 1 else ''} of {fit.max_model_len:,} tokens"
     )
     assert sequences in text
+    assert f"eval out/{name} --backend vllm --tasks default\n" in text
     assert SHIPPED[name].output == f"out/{name}"
     assert not SHIPPED[name].experimental

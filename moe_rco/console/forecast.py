@@ -39,7 +39,8 @@ def show_preflight(preflight: Preflight, console: Console | None = None) -> None
     )
     for part in p.text:
         counted = "" if part.counted == 1 else f", {part.counted:.0%} of it the assistant's, which counts"
-        table.add_row("", f"{part.name}: {part.sequences:,} sequences{counted}")
+        tokens = part.sequences * (p.tokens // p.sequences)
+        table.add_row("", f"{part.name}: {part.sequences:,} sequences, {tokens:,} tokens{counted}")
     races = f", then races for as long as {p.search_races} steps" if p.search_races else ""
     table.add_row("search", f"{p.search_method}: {p.search_steps} steps of {p.search_samples} samples{races}")
     held = "weights streamed from disk" if p.streamed else "all weights resident"

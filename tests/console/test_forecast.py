@@ -72,5 +72,5 @@ def test_the_dry_run_shows_what_the_text_is_made_of() -> None:
     ]
     console.show_preflight(preflight(text=parts), target)
     text = shown(target)
-    assert re.search(r"talk: 100 sequences, 25% of it the assistant's, which counts", text)
-    assert re.search(r"books: 5 sequences *\n", text)
+    assert re.search(r"talk: 100 sequences, 25,600 tokens, 25% of it the assistant's, which counts", text)
+    assert re.search(r"books: 5 sequences, 1,280 tokens *\n", text)

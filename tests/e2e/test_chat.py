@@ -47,7 +47,9 @@ def test_only_what_the_assistant_says_is_measured(recipe: Path, monkeypatch: pyt
     assert "no chat template" in refused.stderr
     (recipe.parent / "model" / "chat_template.jinja").write_text(CHATML)
     dry = run([*command("prune", "--recipe", "recipe.yaml"), "--dry-run"])
-    assert re.search(r"talk: \d+ sequences, \d\d% of it the assistant's", dry.stdout), dry.stdout
+    assert re.search(r"talk: \d+ sequences, [\d,]+ tokens, \d\d% of it the assistant's", dry.stdout), (
+        dry.stdout
+    )
     done = run(command("prune", "--recipe", "recipe.yaml"))
     assert done.returncode == 0, done.stderr
     report = report_of(recipe.parent / "out")

@@ -62,7 +62,7 @@ def make_problem(seed: int) -> Problem:
     return Problem(values, prices[layer], int(rng.integers(0, size + 1)), layer, drop)
 
 
-@examples(300)
+@examples(150)
 @given(st.integers(0, 2**32), st.floats(0, 1))
 def test_exact_against_enumeration(seed: int, share: float) -> None:
     problem = make_problem(seed)

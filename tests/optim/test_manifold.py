@@ -64,7 +64,7 @@ def test_projection_is_tangent_and_idempotent(problem, sharpness):
     torch.testing.assert_close(manifold.project(logits, tangent), tangent, rtol=1e-9, atol=1e-9)
 
 
-@examples(300)
+@examples(150)
 @given(relaxed(wild=True))
 def test_retraction_meets_every_budget(problem):
     manifold = manifold_of(problem)
