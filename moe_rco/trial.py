@@ -112,7 +112,7 @@ class _Trial:
         ready.checkpoint.check_finite(self.few.groups)
 
     def _part(self, experts: int | None) -> CostTable:
-        table = self.sized.table
+        table = self.sized.table.experts
         groups = [group for group in table.groups if group.layer == self.layer][:experts]
         original = sum(group.numel for group in groups) * table.original_bytes // table.numel
         return cost_table(groups, table.options, min(table.floor, len(groups)), original)

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from moe_rco.adapters import Adapter
+from moe_rco.adapters.base import EMBEDDING, HEAD
 from moe_rco.calib.refusals import REFUSALS, reason
 from moe_rco.calib.streaming import Streaming, give_back
 from moe_rco.calib.transfer import Mover
@@ -26,9 +27,17 @@ from moe_rco.calib.window import Window
 from moe_rco.ckpt.reader import CONFIG, Checkpoint
 from moe_rco.errors import ModelError
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-Logits = Callable[[torch.Tensor], torch.Tensor]
+Project = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Inputs [..., H] and a weight [V, H] to [..., V]."""
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+
+
+class Logits(Protocol):
+    """The head of a model."""
+
+    def __call__(self, h: torch.Tensor, project: Project = F.linear) -> torch.Tensor:
+        """Last hidden states h [..., H] to float32 logits [..., V]; `project` multiplies by the head's weight."""
+        ...
 
 
 class Experts(Protocol):
@@ -105,7 +114,7 @@ class Runner:
                     f"should have {list(shape)}; download or copy the model again"
                 )
             return source
-        if name == HEAD and self.config.tie_word_embeddings:
+        if name == HEAD and self.tied:
             return self._source(EMBEDDING, shape)
         raise ModelError(f"{self._checkpoint.directory}: tensor '{source}' is missing")
 
@@ -117,6 +126,11 @@ class Runner:
         return {name: self._read(f"model.layers.{index}.{name}") for name in names}
 
     @property
+    def tied(self) -> bool:
+        """Whether the embeddings are the head as well."""
+        return bool(self.config.tie_word_embeddings)
+
+    @property
     def vocab_size(self) -> int:
         return int(self.config.vocab_size)
 
@@ -126,13 +140,16 @@ class Runner:
 
     def embed(self, ids: torch.Tensor) -> tuple[torch.Tensor, Context]:
         """ids [B, S] to hidden states [B, S, H] and the context of the batch."""
-        if self._embedding is not None:
-            h = F.embedding(ids, self._embedding)
-        else:
-            used, place = torch.unique(ids, return_inverse=True)
-            rows = self._checkpoint.read_rows(self._sources[EMBEDDING], used.tolist())
-            h = F.embedding(place.to(self.device), self._mover(rows).to(self.dtype))
+        h = self.rows(ids)
         return h, self.context(h)
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """The embeddings [..., H] of some ids."""
+        if self._embedding is not None:
+            return F.embedding(ids, self._embedding)
+        used, place = torch.unique(ids, return_inverse=True)
+        rows = self._checkpoint.read_rows(self._sources[EMBEDDING], used.tolist())
+        return F.embedding(place.to(self.device), self._mover(rows).to(self.dtype))
 
     def context(self, h: torch.Tensor) -> Context:
         """Positions and masks of hidden states [B, S, H]: the same for all of that shape."""
@@ -215,8 +232,8 @@ class Runner:
         """Maps last hidden states [..., H] to float32 logits [..., V]."""
         weight = self._read(HEAD) if self._head is None else self._head
 
-        def logits(h: torch.Tensor) -> torch.Tensor:
-            return F.linear(self._norm(h), weight).float()
+        def logits(h: torch.Tensor, project: Project = F.linear) -> torch.Tensor:
+            return project(self._norm(h), weight).float()
 
         yield logits
 
