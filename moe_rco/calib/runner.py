@@ -7,7 +7,7 @@ looked at through hooks on the whole model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -61,7 +61,8 @@ class Runner:
     """The dense part of a causal MoE model: everything except the routed experts.
 
     Weights are read from the checkpoint on construction, in `dtype`, to `device`; with `streaming` they are read when they
-    are needed, a layer or two at a time. Raises ModelError when one is missing or of another shape.
+    are needed, a layer or two at a time. Weights named in `without` are left out: others are given wherever they are used.
+    Raises ModelError when one is missing or of another shape.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Runner:
         dtype: torch.dtype,
         streaming: Streaming | None = None,
         layers: int | None = None,
+        without: Collection[str] = (),
     ) -> None:
         self.adapter, self.device, self.dtype = adapter, device, dtype
         self.config, model = _described(checkpoint, dtype)
@@ -84,6 +86,8 @@ class Runner:
         self.moe_layers = frozenset(adapter.moe_layers(checkpoint.config))
         for layer in self.moe_layers:
             model.model.layers[layer].mlp.experts = nn.Identity()
+        for name in without:
+            model.get_submodule(name.removesuffix(".weight")).weight = None
         model.requires_grad_(False).eval()
         self._checkpoint, self._mover = checkpoint, Mover(device)
         self._sources = {
@@ -99,7 +103,9 @@ class Runner:
         if streaming is not None:
             self._window = Window(self._layer_weights, _nbytes, streaming.window)
             return
-        self._embedding, self._head = self._read(EMBEDDING), self._read(HEAD)
+        self._embedding, self._head = (
+            self._read(name) if name in self._sources else None for name in (EMBEDDING, HEAD)
+        )
         for index, layer in enumerate(self._decoder.layers[: self.num_layers]):
             layer.load_state_dict(self._layer_weights(index), strict=True, assign=True)
 
@@ -230,7 +236,9 @@ class Runner:
     @contextmanager
     def head(self) -> Iterator[Logits]:
         """Maps last hidden states [..., H] to float32 logits [..., V]."""
-        weight = self._read(HEAD) if self._head is None else self._head
+        weight = self._head
+        if weight is None and HEAD in self._sources:
+            weight = self._read(HEAD)
 
         def logits(h: torch.Tensor, project: Project = F.linear) -> torch.Tensor:
             return project(self._norm(h), weight).float()

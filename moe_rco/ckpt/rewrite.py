@@ -162,8 +162,10 @@ def _entries(checkpoint: Checkpoint, assignment: Assignment, store: Store) -> tu
         if option.is_quantized and (place, option) not in stored:
             stored[place, option] = store.tensors(place, option)
         source = stored.get((place, option), {})
-        expert, _, projection = weight.name.removesuffix(".weight").rpartition(".")
-        written = f"{renumbered.experts.get(expert, expert)}.{projection}"
+        written = weight.name.removesuffix(".weight")
+        expert, _, projection = written.rpartition(".")
+        if expert in renumbered.experts:
+            written = f"{renumbered.experts[expert]}.{projection}"
         for entry in _written(tensor, weight, option, source, written):
             entries.append(entry)
             experts.add(entry.name)

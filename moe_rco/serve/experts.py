@@ -21,6 +21,8 @@ class PackedLinear(nn.Module):
     as it is in the module whose place this takes, if there is one.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(self, shape: tuple[int, int], option: Option, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.shape, self.option = shape, option
