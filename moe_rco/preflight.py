@@ -104,6 +104,7 @@ def describe(sized: Sized, ready: Ready | None, times: Mapping[str, float]) -> P
             OptionCost(name=option.name, bytes_per_expert=int(table.experts.costs[:, index].mean()))
             for index, option in enumerate(table.options)
         ),
+        groups=recipe.groups,
         experts_before=table.original_bytes,
         other_bytes=_others(sized, ready),
         smallest=table.range[0],
