@@ -15,6 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moe_rco.adapters import get_adapter
+from moe_rco.adapters.base import HEAD
 from moe_rco.ckpt.header import HeaderError, TensorInfo, read_header
 from moe_rco.errors import ModelError
 from moe_rco.plan import METHOD
@@ -99,6 +100,7 @@ def _replace(model: Any, group: Group, option: Option, tied: bool) -> None:
         model.set_submodule(path, packed)
         if tied:
             model.lm_head = TiedHead(packed)
+            model.all_tied_weights_keys.pop(HEAD, None)  # there is no parameter left to be tied
 
 
 def _headers(files: Sequence[str]) -> dict[str, TensorInfo]:

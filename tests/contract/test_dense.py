@@ -37,7 +37,10 @@ CASES: dict[str, dict[str, Any]] = {family: {} for family in FAMILIES} | {
 def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Job:
     place = tmp_path_factory.mktemp("dense")
     settings = {"family": request.param, **CASES[request.param]}
-    job = random_job(save_tiny(path=place / "model", **settings), place / "store", 3, dense=True)
+    job = random_job(save_tiny(path=place / "model", **settings), place / "store", 4, dense=True)
+    assert all(
+        option.is_quantized for group, option, _ in job.assignment.dense() if group.kind == "embeddings"
+    )
     job.write(place / "out")
     return job
 
