@@ -75,13 +75,13 @@ def quantise_matrix(
     step, found = max(1, CHUNK // weight.shape[1]), list[Quantized]()
     for start in range(0, len(weight), step):
         rows = weight[start : start + step].to(device).float()
-        if hessian is None:
-            made = quantize_rtn(rows, option)
-        else:
-            made = Quantized(
-                *(None if t is None else t[0] for t in quantize_gptq(rows[None], hessian[None], option))
-            )  # pyright: ignore[reportArgumentType]
-        found.append(Quantized(*(None if t is None else t.cpu() for t in made)))  # pyright: ignore[reportArgumentType]
+        made = (
+            quantize_rtn(rows[None], option)
+            if hessian is None
+            else quantize_gptq(rows[None], hessian[None], option)
+        )
+        zero = None if made.zero is None else made.zero[0].cpu()
+        found.append(Quantized(made.codes[0].cpu(), made.scale[0].cpu(), zero))
     zeros = [made.zero for made in found if made.zero is not None]
     return Quantized(
         torch.cat([made.codes for made in found]),

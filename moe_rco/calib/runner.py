@@ -241,7 +241,8 @@ class Runner:
             weight = self._read(HEAD)
 
         def logits(h: torch.Tensor, project: Project = F.linear) -> torch.Tensor:
-            return project(self._norm(h), weight).float()
+            # Without a weight of its own there is a projection that does not need it.
+            return project(self._norm(h), weight).float()  # pyright: ignore[reportArgumentType]
 
         yield logits
 
