@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -99,6 +101,17 @@ class DenseGroup(_Part):
     layer: int
     option: str
     bytes: int
+
+
+def by_layer(groups: Sequence[DenseGroup]) -> Iterator[tuple[str, str, int]]:
+    """Of dense groups, first to last, a line for each layer: its number, or what is before or behind them; options; bytes."""
+    for layer, found in itertools.groupby(groups, key=lambda group: group.layer):
+        of = list(found)
+        inside = of[0].kind not in ("embeddings", "head")
+        options = (
+            f"{group.name.rpartition('.')[2]} {group.option}" if inside else group.option for group in of
+        )
+        yield str(layer) if inside else of[0].kind, ", ".join(options), sum(group.bytes for group in of)
 
 
 class Candidate(_Part):
@@ -273,6 +286,14 @@ class Report(_Part):
     warnings: tuple[str, ...] = ()
     scores: tuple[TaskScore, ...] = ()
     digest: str = ""
+
+    @property
+    def dense_counts(self) -> dict[str, dict[str, int]]:
+        """Kind of dense group -> option -> how many of them have it."""
+        return {
+            kind: dict(Counter(group.option for group in self.dense if group.kind == kind))
+            for kind in dict.fromkeys(group.kind for group in self.dense)
+        }
 
     @property
     def covers(self) -> str:
