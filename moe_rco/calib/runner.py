@@ -86,7 +86,7 @@ class Runner:
         self.moe_layers = frozenset(adapter.moe_layers(checkpoint.config))
         for layer in self.moe_layers:
             model.model.layers[layer].mlp.experts = nn.Identity()
-        for name in without:
+        for name in {*without, *([HEAD] if EMBEDDING in without and self.tied else [])}:
             model.get_submodule(name.removesuffix(".weight")).weight = None
         model.requires_grad_(False).eval()
         self._checkpoint, self._mover = checkpoint, Mover(device)

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import json
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from moe_rco.adapters import FAMILIES, get_adapter
+from moe_rco.adapters import FAMILIES
 from moe_rco.calib.bank import OptionBank
 from moe_rco.calib.objective import AssignedModel
 from moe_rco.calib.runner import Runner
 from moe_rco.calib.streaming import Streaming
 from moe_rco.ckpt.reader import Checkpoint
-from moe_rco.errors import PlanError
+from moe_rco.console.inspection import show_inspect
+from moe_rco.errors import ModelError, PlanError
+from moe_rco.inspection import inspect
 from moe_rco.optim.mckp import solve_mckp
-from moe_rco.plan import Plan
+from moe_rco.plan import FORMAT_VERSION, Plan
 from moe_rco.reload import load_model, read_written
+from moe_rco.report import by_layer
+from moe_rco.serve.config import check_tensors, dense_options, expected_tensors
 from moe_rco.types import Option
 from tests.compressed import Job, random_job
 from tests.serve.reference import reference_model
@@ -134,4 +141,64 @@ def test_the_plan_says_what_became_of_them(job: Job) -> None:
     assert (plan.check(job.assignment.table).choice == job.assignment.choice).all()
     chosen = {group.name: option.name for group, option, _ in job.assignment.dense()}
     assert {name: option for option, names in plan.dense.items() for name in names} == chosen
-    assert get_adapter(job.checkpoint.config).every_dense(job.checkpoint.config)
+    plain = job.plan.model_copy(update={"dense": {}})
+    assert "dense" not in json.loads(plain.to_json())  # what it was before there were such groups
+    assert plain.quantization_config().keys() == {"quant_method", "format_version", "layers"}
+    assert plain.quantization_config()["format_version"] == FORMAT_VERSION
+
+
+def test_inspect_shows_them(job: Job) -> None:
+    found = inspect(out(job))
+    assert {group.name: (group.option, group.bytes) for group in found.dense} == {
+        group.name: (option.name, cost) for group, option, cost in job.assignment.dense()
+    }
+    written = Checkpoint(out(job), allow_quantized=True).tensors.values()
+    assert found.expert_bytes + found.dense_bytes == job.plan.cost
+    assert found.other_bytes == sum(tensor.nbytes for tensor in written) - job.plan.cost
+    screen = StringIO()
+    show_inspect(found, Console(file=screen, width=200))
+    for _, options, size in by_layer(found.dense):
+        assert options in screen.getvalue()
+        assert f"{size:,}" in screen.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda entry: entry["dense"]["int4"].append("model.norm"),
+            "names model.norm, which the model does not have",
+        ),
+        (lambda entry: entry["dense"].update(prune=["lm_head"]), "lm_head cannot be pruned"),
+        (lambda entry: entry["dense"].update({"int4-g7": entry["dense"].pop("int4")}), "cannot be int4-g7"),
+        (lambda entry: entry.update(format_version=1), "'dense' does not belong to format_version 1"),
+        (lambda entry: entry.update(format_version=3), "format_version 3, this moe_rco reads 1 and 2"),
+        (lambda entry: entry["dense"]["bf16"].extend(entry["dense"]["int4"]), "is given two options"),
+    ],
+)
+def test_a_config_that_cannot_be_is_refused(job: Job, change: Any, message: str) -> None:
+    entry = job.plan.quantization_config()
+    names = [name for names in entry["dense"].values() for name in names]
+    entry["dense"] = {"int4": names[:2], "bf16": names[2:]}
+    config = job.checkpoint.config
+    assert len(dense_options(entry, job.adapter, config)) == len(names)
+    change(entry)
+    with pytest.raises(ModelError, match=message):
+        dense_options(entry, job.adapter, config)
+
+
+@pytest.mark.parametrize("change", ["missing", "both"])
+def test_tensors_that_are_not_as_promised_are_refused(job: Job, change: str, tmp_path: Path) -> None:
+    promised = expected_tensors(
+        {}, job.adapter, job.checkpoint.config, {g: o for g, o, _ in job.assignment.dense()}
+    )
+    found = dict(Checkpoint(out(job), allow_quantized=True).tensors)
+    found = {name: tensor for name, tensor in found.items() if ".experts." not in name}
+    check_tensors(promised, found)
+    name = next(name for name in promised if name.endswith(".weight_packed"))
+    if change == "missing":
+        del found[name]
+    else:
+        found[name.replace("_packed", "")] = found[name]
+    with pytest.raises(ModelError, match="is missing" if change == "missing" else "does not account for"):
+        check_tensors(promised, found)
