@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from moe_rco.errors import BudgetError
-from moe_rco.types import Budget, CostTable, Room
+from moe_rco.types import Budget, CostTable, Room, covered
 from moe_rco.units import exact_size, format_size, parse_size
 
 FORMS = ("bytes", "ratio", "avg_bits", "fit")
@@ -35,7 +35,7 @@ def _memory_alone(value: Any) -> Any:
 class Fit(_Spec):
     """GPUs, and what is to be served on them, by the names of vLLM's options.
 
-    Routed experts get the bytes that other weights, the KV cache of `max_num_seqs` sequences of `max_model_len` tokens,
+    What the budget covers gets the bytes that other weights, the KV cache of `max_num_seqs` sequences of `max_model_len` tokens,
     and activations leave. The memory alone may be given, as in `fit: 24GB`.
     """
 
@@ -76,7 +76,7 @@ class Fit(_Spec):
 
 
 class BudgetSpec(_Spec):
-    """Exactly one of four ways to say how many bytes the routed experts may take on disk.
+    """Exactly one of four ways to say how many bytes the routed experts, and what else is named in `groups`, may take on disk.
 
     The texts `35%` and `20GiB` are short for a ratio and for bytes.
     """
@@ -86,7 +86,7 @@ class BudgetSpec(_Spec):
     ratio: float | None = Field(default=None, gt=0, le=1)
     """A fraction of what they take in the model as given."""
     avg_bits: float | None = Field(default=None, gt=0, le=64)
-    """Bits for each original weight of a routed expert, scales and all else that is written included."""
+    """Bits for each of their original weights, scales and all else that is written included."""
     fit: Annotated[Fit | None, BeforeValidator(_memory_alone, json_schema_input_type=Fit | str | None)] = (
         Field(default=None, exclude_if=lambda value: value is None)
     )
@@ -154,7 +154,7 @@ class BudgetSpec(_Spec):
             if table.prune_index is not None:
                 problem += f" (every layer keeps at least {table.floor} experts)"
         else:
-            problem = "is more than the routed experts take uncompressed: nothing needs to be done"
+            problem = f"is more than {covered(table)} take uncompressed: nothing needs to be done"
         raise BudgetError(
             f"budget {self._figure(value, size)}{' is what fit leaves, and' if room else ''} {problem}; the smallest possible is "
             f"{self._show(smallest, unit, up=True)}, the largest {self._show(largest, unit)}"

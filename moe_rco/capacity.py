@@ -60,8 +60,8 @@ def activation_bytes(config: Config, adapter: Adapter, tokens: int, sequences: i
     return tokens * (4 * hidden + experts) * ITEM + logits
 
 
-def room(fit: Fit, config: dict[str, Any], adapter: Adapter, experts: int) -> Room:
-    """What `fit` leaves of its GPUs for a model's routed experts, which are `experts` weights.
+def room(fit: Fit, config: dict[str, Any], adapter: Adapter, covered: int) -> Room:
+    """What `fit` leaves of its GPUs for what the budget covers of a model, which are `covered` weights.
 
     Raises BudgetError where that is nothing, or the model does not reach so far; ModelError where transformers refuses the
     configuration.
@@ -77,7 +77,7 @@ def room(fit: Fit, config: dict[str, Any], adapter: Adapter, experts: int) -> Ro
     found = Room(
         serve=fit.serve,
         usable=int(fit.gpu_memory * fit.gpu_memory_utilization) * devices,
-        other_weights=(model_numel(config) - experts) * ITEM,
+        other_weights=(model_numel(config) - covered) * ITEM,
         kv_cache=kv_bytes(config, devices) * tokens * devices,
         activations=activation_bytes(config, adapter, batch, fit.max_num_seqs) * devices,
         reserve=RESERVE * devices,

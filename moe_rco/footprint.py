@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_rco.calib.objective import HEAD_LOGITS
+from moe_rco.calib.dense_bank import CHUNK as FULL
+from moe_rco.calib.objective import BATCH, HEAD_LOGITS
 from moe_rco.calib.quantise import WORKSPACE, working_bytes
+from moe_rco.calib.quantise_dense import CHUNK as QUANTISED
 from moe_rco.calib.reference import TOP
 from moe_rco.calib.streaming import Streaming
 from moe_rco.errors import UserError
@@ -24,6 +26,7 @@ class Shapes:
     """A model and its job in numbers. `kept` options keep an expert; `compact` bytes hold all of them of one layer as on
     disk, with the original; `dense` are all parameters but routed experts', `head` those of the head; `tokens` in
     `length` are all calibration text; a step has `samples` of `batch` sequences.
+    Of the dense parameters `chosen` are chosen for, the largest matrix among them has `widest`.
     """
 
     layers: int
@@ -42,6 +45,13 @@ class Shapes:
     samples: int
     batch: int
     item: int
+    chosen: int = 0
+    widest: int = 0
+
+    @property
+    def choosing(self) -> int:
+        """Bytes for quantising dense groups that are chosen for, and for measuring what that does."""
+        return 24 * min(QUANTISED, self.widest) + 2 * self.widest + (4 * BATCH + 12) * min(FULL, self.widest)
 
     @property
     def head(self) -> int:
@@ -63,7 +73,8 @@ class Shapes:
         attention = (6 * self.hidden + 5 * self.attention) * self.item + 4 * (
             3 * self.hidden + self.attention
         )
-        return attention + 12 * self.experts + 12 * self.top_k
+        inputs = (3 * self.hidden + self.attention) * self.item if self.chosen else 0
+        return attention + inputs + 12 * self.experts + 12 * self.top_k
 
     @property
     def routed(self) -> int:
@@ -102,7 +113,10 @@ class Footprint:
 def resident(shapes: Shapes, on_host: bool) -> Footprint:
     """All weights at every option in memory."""
     s = shapes
-    dense, expert = s.dense * s.item, s.layers * s.experts * s.expert_numel * s.item
+    dense, expert = (
+        (s.dense + s.kept * s.chosen) * s.item + s.choosing,
+        s.layers * s.experts * s.expert_numel * s.item,
+    )
     text = s.batch * s.length
     search = s.layers * text * (s.graph + s.routed) + text * s.backward + s.logits
     calibrate = s.activations + min(WORKSPACE, s.experts * s.quantising)
@@ -115,7 +129,9 @@ def streamed(shapes: Shapes, limit: int, available: int, on_host: bool) -> Footp
     s = shapes
     layer = max(0, s.dense - 2 * s.head) // s.layers * s.item
     expert = s.expert_numel * s.item
-    fixed = 3 * layer + s.head * s.item + 4 * expert + s.logits
+    # Of chosen dense weights those that are at work are there at every option.
+    held = s.kept * max(s.widest, s.chosen // s.layers) * s.item + s.choosing
+    fixed = 3 * layer + s.head * s.item + 4 * expert + s.logits + held
     free = limit - fixed - LIBRARIES - s.references if on_host else available - LIBRARIES - CUDA_LIBRARIES
     spill = s.activations > free // 2
     activations = 0 if spill else s.activations

@@ -43,9 +43,9 @@ def stage_times(ready: Ready, progress: Progress, place: Path | None = None) -> 
     def run(cost: Cost, sequences: int, together: int = costs.batch) -> float:
         return cost.of(layers, sequences * length, -(-sequences // max(1, together)))
 
-    quantising = (
-        costs.quantise * len(table.groups) + costs.hessian * layers * table.floor * len(train) * length
-    )
+    # Dense weights are taken to cost what experts' do.
+    experts = len(table.experts.groups) * table.numel / table.experts.numel
+    quantising = costs.quantise * experts + costs.hessian * layers * table.floor * len(train) * length
     judging = run(costs.forward, len(kept_out))
     # Where weights are streamed, several samples share a call.
     together = search.batch if ready.streaming is None else max(search.batch, costs.batch)
@@ -55,7 +55,7 @@ def stage_times(ready: Ready, progress: Progress, place: Path | None = None) -> 
         steps = run(costs.forward, tried * (1 + BACKWARD))
     raced = search.races * search.samples * search.batch * (1 + BACKWARD)
     points = starting_points(table, sized.budgets[0], *unmeasured(table))
-    others = output_bytes(checkpoint, sized.adapter, 0)
+    others = output_bytes(checkpoint, table.groups, 0)
     written = sized.budgets[0].bytes + others
     times = {
         "check expert weights": table.original_bytes * costs.check,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from moe_rco.adapters.base import Adapter
 from moe_rco.ckpt.reader import Checkpoint
 from moe_rco.errors import ModelError, PlanError
 from moe_rco.plan import FILE_NAME, METHOD, Plan, by_expert
-from moe_rco.serve.config import check_tensors, expected_tensors, layer_options
+from moe_rco.report import DenseGroup
+from moe_rco.serve.config import check_tensors, dense_options, expected_tensors, layer_options
 from moe_rco.types import Layout
 
 
@@ -29,7 +31,8 @@ class LayerInspection:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A model directory. `expert_numel` counts the weights of all routed experts before pruning.
+    """A model directory. `expert_numel` counts the weights of all routed experts before pruning; `dense` are other groups that
+    were chosen for, which are not among the `other_bytes`.
 
     Of our own outputs experts are those of the original model, by their original ids, for both layouts.
     """
@@ -44,6 +47,11 @@ class Inspection:
     expert_numel: int
     other_bytes: int
     layout: Layout = "mixed"
+    dense: tuple[DenseGroup, ...] = ()
+
+    @property
+    def dense_bytes(self) -> int:
+        return sum(group.bytes for group in self.dense)
 
     @property
     def expert_bytes(self) -> int:
@@ -60,6 +68,7 @@ def inspect(directory: str | Path) -> Inspection:
     plan = _stock_plan(checkpoint)
     options = _options(checkpoint, adapter) if plan is None else _stock_options(checkpoint, adapter, plan)
     layers = tuple(LayerInspection(layer, chosen, sizes[layer]) for layer, chosen in options.items())
+    dense = tuple(_dense(checkpoint, adapter))
     experts = sum(len(layer.options) for layer in layers)
     everything = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     return Inspection(
@@ -71,8 +80,9 @@ def inspect(directory: str | Path) -> Inspection:
         intermediate=intermediate,
         layers=layers,
         expert_numel=experts * adapter.expert(config, layers[0].layer, 0).numel,
-        other_bytes=everything - sum(layer.bytes for layer in layers),
+        other_bytes=everything - sum(part.bytes for part in (*layers, *dense)),
         layout="mixed" if plan is None else "stock",
+        dense=dense,
     )
 
 
@@ -95,8 +105,24 @@ def _options(checkpoint: Checkpoint, adapter: Adapter) -> dict[int, tuple[str, .
         # Somebody else's format: the bytes are right, the experts' form is what its config calls it.
         return {layer: (method,) * len(experts) for layer in adapter.moe_layers(config)}
     layers = layer_options(quantization, adapter, config)
-    check_tensors(expected_tensors(layers, adapter, config), checkpoint.tensors)
+    dense = dense_options(quantization, adapter, config)
+    check_tensors(expected_tensors(layers, adapter, config, dense), checkpoint.tensors)
     return {layer: tuple(option.name for option in options) for layer, options in layers.items()}
+
+
+def _dense(checkpoint: Checkpoint, adapter: Adapter) -> Iterator[DenseGroup]:
+    """The groups besides experts that were chosen for; none where the model is not ours."""
+    config = checkpoint.config
+    quantization = config.get("quantization_config") or {}
+    if quantization.get("quant_method") != METHOD:
+        return
+    found = dense_options(quantization, adapter, config)
+    for group in adapter.every_dense(config) if found else ():
+        if group in found:
+            names = expected_tensors({}, adapter, config, {group: found[group]})
+            size = sum(checkpoint.tensors[name].nbytes for name in names)
+            option = found[group].name
+            yield DenseGroup(name=group.name, kind=group.kind, layer=group.layer, option=option, bytes=size)
 
 
 def _stock_plan(checkpoint: Checkpoint) -> Plan | None:

@@ -24,9 +24,15 @@ from moe_rco.ckpt.writer import from_file, sha256_of
 from moe_rco.curve import Curve
 from moe_rco.errors import UserError
 from moe_rco.plan import FILE_NAME as PLAN
-from moe_rco.plan import Plan, by_expert
+from moe_rco.plan import Plan, by_expert, by_name
 from moe_rco.recipe import load
-from moe_rco.reload import RELOAD_TOLERANCE, read_written, sample_loss, written_options
+from moe_rco.reload import (
+    RELOAD_TOLERANCE,
+    read_written,
+    sample_loss,
+    written_dense,
+    written_options,
+)
 from moe_rco.report import FILE_NAME as REPORT
 from moe_rco.report import Report
 from moe_rco.serve.config import check_tensors, expected_tensors
@@ -152,12 +158,14 @@ class _Output:
         return [f"{path.name} was changed" + ("" if tensors else ", in its header")], tensors
 
     def _plan(self) -> tuple[str, list[str]]:
-        """Experts are in the files as plan and config.json say, and take the plan's bytes."""
+        """What was chosen for is in the files as plan and config.json say, and takes the plan's bytes."""
         checkpoint, plan = Checkpoint(self.directory, allow_quantized=True), Plan.load(self.directory)
         adapter, config = get_adapter(checkpoint.config), checkpoint.config
-        expected = expected_tensors(written_options(checkpoint), adapter, config)
+        dense = written_dense(checkpoint)
+        expected = expected_tensors(written_options(checkpoint), adapter, config, dense)
         check_tensors(expected, checkpoint.tensors)
         size, wrong = sum(checkpoint.tensors[name].nbytes for name in expected), []
+        who = "experts and dense groups" if dense else "experts"
         if plan.layout == "mixed":
             promised, entry = plan.quantization_config()["layers"], config["quantization_config"]["layers"]
             layers = promised.keys() | entry.keys()
@@ -166,9 +174,11 @@ class _Output:
                 for n in sorted(layers, key=int)
                 if promised.get(n) != entry.get(n)
             ]
+            if {group.name: option for group, option in dense.items()} != by_name(plan.dense):
+                wrong.append(f"config.json and {PLAN} give dense groups different options")
         if size != plan.cost:
-            wrong.append(f"experts take {size:,} bytes in the files, {plan.cost:,} in {PLAN}")
-        return f"experts take {size:,} bytes of {plan.budget:,}", wrong
+            wrong.append(f"{who} take {size:,} bytes in the files, {plan.cost:,} in {PLAN}")
+        return f"{who} take {size:,} bytes of {plan.budget:,}", wrong
 
     def _routers(self) -> tuple[str, list[str]]:
         """A row for every expert, in floating point."""
@@ -220,6 +230,10 @@ class _Output:
             wrong.append(f"{page.FILE_NAME} is not the page of {REPORT}")
         if options != {key: option.name for key, option in by_expert(plan.layers).items()}:
             wrong.append(f"{REPORT} and {PLAN} give experts different options")
+        if {group.name: group.option for group in report.dense} != {
+            name: option.name for name, option in by_name(plan.dense).items()
+        }:
+            wrong.append(f"{REPORT} and {PLAN} give dense groups different options")
         for what, said, found in (
             ("experts' bytes", report.bytes.experts_after, plan.cost),
             ("the budget", report.bytes.budget, plan.budget),
@@ -250,16 +264,19 @@ class _Output:
         return said, [] if same else [said]
 
     def _original(self, original: Checkpoint, progress: Progress) -> tuple[str, list[str]]:
-        """It is the model this was made from, and what is no routed expert is the same, routers of layout stock by their rows."""
+        """It is the model this was made from, and what was not chosen for is the same, routers of layout stock by their rows."""
         if original.digest(progress) != self.manifest.model:
             return "", [f"{original.directory} is not the model that this was made from"]
         plan, adapter = Plan.load(self.directory), get_adapter(original.config)
-        experts = {weight.name for group in adapter.groups(original.config) for weight in group.weights}
-        others = [tensor for name, tensor in original.tensors.items() if name not in experts]
+        dense = written_dense(Checkpoint(self.directory, allow_quantized=True))
+        chosen = {w.name for group in (*adapter.groups(original.config), *dense) for w in group.weights}
+        others = [tensor for name, tensor in original.tensors.items() if name not in chosen]
+        written_as = expected_tensors({}, adapter, original.config, dense)
         kept = dict[str, tuple[int, ...]]()
         if plan.layout == "stock":
             kept = {adapter.router_name(layer): plan.kept(layer) for layer in plan.layers}
         extra = {name for name in self.manifest.tensors if ".experts." not in name} - original.tensors.keys()
+        extra -= written_as.keys()
         wrong = [f"tensor {name} is none of the original's" for name in sorted(extra)]
         with progress.stage("compare with the original", sum(t.nbytes for t in others)) as advance:
             for tensor in others:
@@ -267,7 +284,7 @@ class _Output:
                 if written is None or written.sha256 != _sha256(original, tensor, kept.get(tensor.name)):
                     wrong.append(f"tensor {tensor.name} is not the original's")
                 advance(tensor.nbytes)
-        return f"{len(others):,} tensors that are no routed experts' are the same", wrong
+        return f"{len(others):,} tensors that were not chosen for are the same", wrong
 
 
 def _check(name: str, work: Callable[[], tuple[str, list[str]]]) -> Check:

@@ -21,10 +21,10 @@ from moe_rco.capacity import model_numel, room
 from moe_rco.ckpt.locate import read_config
 from moe_rco.ckpt.reader import Checkpoint
 from moe_rco.ckpt.stock import check_routers
-from moe_rco.errors import BudgetError, ModelError, UserError
+from moe_rco.errors import BudgetError, ModelError, RecipeError, UserError
 from moe_rco.quant.packing import cost_table
 from moe_rco.recipe import Recipe
-from moe_rco.types import Budget, CostTable
+from moe_rco.types import Budget, CostTable, covered
 
 _log = logging.getLogger(__name__)
 _SOURCE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -45,7 +45,7 @@ class Sized:
 
     @cached_property
     def other_numel(self) -> int:
-        """Weights of the model that are not routed experts'. Raises ModelError where transformers refuses config.json."""
+        """Weights of the model that the budget does not cover. Raises ModelError where transformers refuses config.json."""
         return model_numel(self.config) - self.table.numel
 
     @property
@@ -79,7 +79,7 @@ def size(recipe: Recipe) -> Sized:
     """Costs and budget from config.json alone. Raises UserError for every way in which they cannot be had."""
     config = read_config(recipe)
     adapter = get_adapter(config)
-    groups = adapter.groups(config)
+    groups = adapter.groups(config, recipe.groups)
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     if dtype not in _SOURCE_BYTES:
         raise ModelError(
@@ -88,6 +88,13 @@ def size(recipe: Recipe) -> Sized:
     original = sum(group.numel for group in groups) * _SOURCE_BYTES[dtype]
     table = cost_table(groups, recipe.options, adapter.top_k(config), original)
     table = replace(table, layout=recipe.layout)
+    if not table.allowed.any(1).all():
+        group = groups[int(table.allowed.any(1).argmin())]
+        raise RecipeError(
+            f"options: none of {', '.join(map(str, recipe.options))} can be taken by {group.name}, whose inputs are "
+            f"{' and '.join(map(str, sorted({w.shape[1] for w in group.weights})))} wide; add int8, int4 or bf16, or leave "
+            f"{group.kind} out of groups"
+        )
     budgets = tuple(
         spec.resolve(table, None if spec.fit is None else room(spec.fit, config, adapter, table.numel))
         for spec in recipe.budget
@@ -130,13 +137,14 @@ def open_inputs(sized: Sized, directory: Path) -> Ready:
     recipe = sized.recipe
     checkpoint = Checkpoint(directory)
     checkpoint.check_experts(sized.adapter)
+    checkpoint.check_groups([group for group in sized.table.groups if group.is_dense])
     if recipe.layout == "stock":
         check_routers(checkpoint, sized.adapter)
     names = {weight.name for group in sized.table.groups for weight in group.weights}
     stored = sum(tensor.nbytes for name, tensor in checkpoint.tensors.items() if name in names)
     if stored != sized.table.original_bytes:
         raise ModelError(
-            f"{directory}: the routed experts take {stored} bytes, but config.json's dtype implies "
+            f"{directory}: {covered(sized.table)} take {stored} bytes, but config.json's dtype implies "
             f"{sized.table.original_bytes}; correct 'dtype' in config.json"
         )
     _log.info("model %s: %d tensors", directory, len(checkpoint.tensors))

@@ -1,4 +1,4 @@
-"""The plan: which option every expert takes, at which cost, found from which inputs. Stored as
+"""The plan: which option every expert and every other group takes, at which cost, found from which inputs. Stored as
 `plan.json`.
 """
 
@@ -28,17 +28,22 @@ from moe_rco.types import Assignment, Budget, CostTable, Layout, Option
 FILE_NAME = "plan.json"
 METHOD = "moe_rco"
 FORMAT_VERSION = 1
+DENSE_FORMAT_VERSION = 2
+"""That of models whose dense groups were chosen for as well: readers that know experts only refuse it."""
 
 Layers = dict[NonNegativeInt, dict[str, tuple[NonNegativeInt, ...]]]
 """Layer -> option name -> ids of the experts that take it, ascending. An option no expert takes is left
 out.
 """
+DenseGroups = dict[str, tuple[str, ...]]
+"""Option name -> names of the dense groups that take it, sorted. Those that were not chosen for are left out."""
 
 
 class Plan(BaseModel):
     """A chosen assignment and what it was chosen for.
 
-    `cost` and `budget` are bytes of the routed experts' tensors as written, `slack` is their difference.
+    `cost` and `budget` are bytes of the tensors of routed experts, and of the groups in `dense`, as written; `slack` is their
+    difference.
     `model`, `recipe` and `costs` are SHA-256 digests (hex) of the original model, the recipe and the cost
     table. Ids in `layers` are those of the original model for both layouts; see `kept`.
     """
@@ -55,6 +60,7 @@ class Plan(BaseModel):
     cost: NonNegativeInt
     slack: int
     layers: Layers
+    dense: DenseGroups = Field(default={}, exclude_if=lambda dense: not dense)
     losses: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = {}
 
     @field_validator("layers")
@@ -64,6 +70,11 @@ class Plan(BaseModel):
             layer: {name: tuple(sorted(ids)) for name, ids in sorted(by_option.items())}
             for layer, by_option in sorted(layers.items())
         }
+
+    @field_validator("dense")
+    @classmethod
+    def _sorted(cls, dense: DenseGroups) -> DenseGroups:
+        return {name: tuple(sorted(groups)) for name, groups in sorted(dense.items())}
 
     @model_validator(mode="after")
     def _adds_up(self) -> Self:
@@ -89,8 +100,11 @@ class Plan(BaseModel):
         assignment.check(budget)
         table = assignment.table
         layers: dict[int, dict[str, list[int]]] = {layer: {} for layer in table.layers}
-        for row, group in enumerate(table.groups):
+        for row, group in enumerate(table.experts.groups):
             layers[group.layer].setdefault(assignment.option(row).name, []).append(group.index)
+        dense: dict[str, list[str]] = {}
+        for group, option, _ in assignment.dense():
+            dense.setdefault(option.name, []).append(group.name)
         return cls(
             layout=table.layout,
             model=model_digest,
@@ -101,6 +115,7 @@ class Plan(BaseModel):
             cost=assignment.cost,
             slack=budget.bytes - assignment.cost,
             layers={layer: {name: tuple(ids) for name, ids in by.items()} for layer, by in layers.items()},
+            dense={name: tuple(groups) for name, groups in dense.items()},
             losses=dict(losses or {}),
         )
 
@@ -109,22 +124,28 @@ class Plan(BaseModel):
         options.
         """
         options = {option.name: index for index, option in enumerate(table.options)}
-        rows = {(group.layer, group.index): row for row, group in enumerate(table.groups)}
+        rows = {(group.layer, group.index): row for row, group in enumerate(table.experts.groups)}
+        dense = {table.groups[row].name: int(row) for row in table.dense}
         choice = np.full(len(table.groups), -1, dtype=np.int64)
-        for (layer, expert), option in by_expert(self.layers).items():
-            if (layer, expert) not in rows:
-                raise PlanError(
-                    f"the plan names expert {expert} of layer {layer}, which the model does not have"
-                )
+
+        def choose(who: str, row: int | None, option: Option) -> None:
+            if row is None:
+                raise PlanError(f"the plan names {who}, which the model does not have")
             if option.name not in options:
                 raise PlanError(
-                    f"the plan gives expert {expert} of layer {layer} the option {option.name}, "
+                    f"the plan gives {who} the option {option.name}, "
                     f"which is not one of its options ({', '.join(options)})"
                 )
-            choice[rows[layer, expert]] = options[option.name]
+            choice[row] = options[option.name]
+
+        for (layer, expert), option in by_expert(self.layers).items():
+            choose(f"expert {expert} of layer {layer}", rows.get((layer, expert)), option)
+        for name, option in by_name(self.dense).items():
+            choose(name, dense.get(name), option)
         if (choice < 0).any():
             group = table.groups[int(np.argmax(choice < 0))]
-            raise PlanError(f"the plan gives expert {group.index} of layer {group.layer} no option")
+            who = group.name if group.is_dense else f"expert {group.index} of layer {group.layer}"
+            raise PlanError(f"the plan gives {who} no option")
         return Assignment(table, choice)
 
     def check(self, table: CostTable) -> Assignment:
@@ -161,14 +182,19 @@ class Plan(BaseModel):
 
     def quantization_config(self) -> dict[str, Any]:
         """The entry of that name in config.json, by which loaders know what every expert became."""
-        return {
+        entry = {
             "quant_method": METHOD,
-            "format_version": FORMAT_VERSION,
+            "format_version": DENSE_FORMAT_VERSION if self.dense else FORMAT_VERSION,
             "layers": {
                 str(layer): {name: list(ids) for name, ids in by_option.items()}
                 for layer, by_option in self.layers.items()
             },
         }
+        return (
+            entry | {"dense": {name: list(groups) for name, groups in self.dense.items()}}
+            if self.dense
+            else entry
+        )
 
     def to_json(self) -> str:
         """Sorted JSON: the same plan always gives the same text."""
@@ -205,6 +231,23 @@ def by_expert(layers: Mapping[int, Mapping[str, tuple[int, ...]]]) -> dict[tuple
                 if (layer, expert) in result:
                     raise PlanError(f"expert {expert} of layer {layer} is given two options")
                 result[layer, expert] = option
+    return result
+
+
+def by_name(dense: Mapping[str, tuple[str, ...]]) -> dict[str, Option]:
+    """Name of a dense group -> its option. Raises PlanError for an option that no such group has, or a group named twice."""
+    result: dict[str, Option] = {}
+    for name, groups in dense.items():
+        try:
+            option = Option.parse(name)
+        except RecipeError as error:
+            raise PlanError(str(error)) from error
+        for group in groups:
+            if option.is_prune:
+                raise PlanError(f"{group} cannot be pruned")
+            if group in result:
+                raise PlanError(f"{group} is given two options")
+            result[group] = option
     return result
 
 

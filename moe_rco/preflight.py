@@ -101,9 +101,10 @@ def describe(sized: Sized, ready: Ready | None, times: Mapping[str, float]) -> P
         experts_per_layer=sized.adapter.num_experts(sized.config),
         top_k=table.floor,
         options=tuple(
-            OptionCost(name=option.name, bytes_per_expert=int(table.costs[:, index].mean()))
+            OptionCost(name=option.name, bytes_per_expert=int(table.experts.costs[:, index].mean()))
             for index, option in enumerate(table.options)
         ),
+        groups=recipe.groups,
         experts_before=table.original_bytes,
         other_bytes=_others(sized, ready),
         smallest=table.range[0],
@@ -152,7 +153,7 @@ def _existing(path: Path) -> Path:
 def _disk(sized: Sized, ready: Ready | None) -> int:
     """Bytes written: every quantised option once, a model for every budget, and activations for which memory is too small."""
     quantized = [index for index, option in enumerate(sized.table.options) if option.is_quantized]
-    others = _others(sized, ready) if ready is None else output_bytes(ready.checkpoint, sized.adapter, 0)
+    others = _others(sized, ready) if ready is None else output_bytes(ready.checkpoint, sized.table.groups, 0)
     outputs = sum(budget.bytes + others for budget in sized.budgets)
     streaming = footprint(sized, ready).streaming
     spilled = _shapes(sized, ready).activations if streaming is not None and streaming.spill else 0
@@ -162,9 +163,9 @@ def _disk(sized: Sized, ready: Ready | None) -> int:
 
 
 def _others(sized: Sized, ready: Ready | None) -> int:
-    """Bytes of all weights but the routed experts'; those of the files where they are here."""
+    """Bytes of all weights that the budget does not cover; those of the files where they are here."""
     if ready is not None:
-        return sum(tensor.nbytes for tensor in other_tensors(ready.checkpoint, sized.adapter))
+        return sum(tensor.nbytes for tensor in other_tensors(ready.checkpoint, sized.table.groups))
     return sized.other_numel * sized.table.original_bytes // sized.table.numel
 
 
@@ -196,7 +197,8 @@ def footprint(sized: Sized, ready: Ready | None) -> Footprint:
 
 
 def _shapes(sized: Sized, ready: Ready | None) -> Shapes:
-    recipe, config, table, adapter = sized.recipe, sized.config, sized.table, sized.adapter
+    recipe, config, adapter = sized.recipe, sized.config, sized.adapter
+    table, chosen = sized.table.experts, [sized.table.groups[row] for row in sized.table.dense]
     hidden, inner = adapter.expert_shape(config)
     heads = int(config.get("num_attention_heads") or 1)
     attention = (heads + 2 * int(config.get("num_key_value_heads") or heads)) * int(
@@ -204,9 +206,10 @@ def _shapes(sized: Sized, ready: Ready | None) -> Shapes:
     )
     layers, vocabulary = int(config["num_hidden_layers"]), int(config.get("vocab_size") or 0)
     if ready is None:
-        dense, tokens = sized.other_numel, recipe.calibration.tokens
+        dense = sized.other_numel + sum(group.numel for group in chosen)
+        tokens = recipe.calibration.tokens
     else:
-        dense = sum(math.prod(tensor.shape) for tensor in other_tensors(ready.checkpoint, adapter))
+        dense = sum(math.prod(tensor.shape) for tensor in other_tensors(ready.checkpoint, table.groups))
         tokens = sum(pool.ids.numel() for pool in ready.pools)
     kept = [index for index, option in enumerate(table.options) if not option.is_prune]
     compact = int(table.costs[:, kept].sum() + table.original_bytes) // len(table.layers)
@@ -217,4 +220,6 @@ def _shapes(sized: Sized, ready: Ready | None) -> Shapes:
         expert_numel=table.numel // len(table.groups), dense=dense, tokens=tokens,
         length=recipe.calibration.sequence_length, samples=recipe.search.samples, batch=recipe.search.batch,
         item=dtype.itemsize,
+        chosen=sum(group.numel for group in chosen),
+        widest=max((weight.numel for group in chosen for weight in group.weights), default=0),
     )  # fmt: skip

@@ -35,13 +35,14 @@ from moe_rco.recipe_sections import (
     mode_or_section,
     or_defaults,
 )
-from moe_rco.types import Layout, Option
+from moe_rco.types import Kind, Layout, Option
 
 _PACKAGE = Path(__file__).resolve().parent
 DEMO = "demo"
 DEMO_MODEL = _PACKAGE / "demo" / "model"
 DEMO_CALIBRATION = _PACKAGE / "demo" / "text" / "calibration.jsonl"
 DEMO_HELDOUT = _PACKAGE / "demo" / "text" / "heldout.jsonl"
+DEFAULT_GROUPS: tuple[Kind, ...] = ("experts",)
 _OPTIONS = r"^(prune|bf16|int(2|3|4|8)(-g[1-9][0-9]*)?)$"
 
 
@@ -106,6 +107,14 @@ class Recipe(Section):
     layout: Layout = "mixed"
     """`mixed`: every expert at its own precision, served by this package's plugin. `stock`: equally many experts at one
     precision in every layer, which vLLM serves without it."""
+    groups: Annotated[
+        tuple[Kind, ...],
+        BeforeValidator(as_tuple, json_schema_input_type=Annotated[list[Kind], Field(min_length=1)]),
+        Field(min_length=1, exclude_if=lambda groups: groups == DEFAULT_GROUPS),
+    ] = DEFAULT_GROUPS
+    """What the budget covers and options are chosen for; all else is copied. Beside the routed `experts`: `attention` (two
+    choices a layer: queries, keys and values together, and the output projection), `shared_experts`, `embeddings`, `head`.
+    These take the options that keep them and whose group size divides their widths; `bf16` leaves them as they are."""
     experimental: bool = False
     """Admits 2 and 3 bits, which vLLM serves on CPUs only."""
     quantizer: Annotated[Quantizer, BeforeValidator(or_defaults, json_schema_input_type=Quantizer | None)] = (
@@ -154,6 +163,7 @@ class Recipe(Section):
                 "write 'experimental: true'",
             )
         method = self.search.method
+        self._check_groups()
         if method in ("frequency", "reap") and not any(option.is_prune for option in self.options):
             raise MisplacedError(
                 ("search", "method"), f"{method} prunes experts: 'prune' must be among the options"
@@ -165,6 +175,22 @@ class Recipe(Section):
         if self.search.tau_end > self.search.tau_start:
             raise MisplacedError(("search", "tau_end"), "must not be greater than tau_start")
         return self
+
+    def _check_groups(self) -> None:
+        place = ("groups",)
+        if "experts" not in self.groups:
+            raise MisplacedError(place, "'experts' must be among them: routed experts are always chosen for")
+        twice = [kind for index, kind in enumerate(self.groups) if kind in self.groups[:index]]
+        if twice:
+            raise MisplacedError(place, f"'{twice[0]}' is listed twice")
+        if self.groups == DEFAULT_GROUPS:
+            return
+        if self.layout == "stock":
+            raise MisplacedError(
+                place, "layout stock knows experts only; leave out the others, or write 'layout: mixed'"
+            )
+        if self.search.method == "linearity":
+            raise MisplacedError(place, "search.method linearity knows experts only; leave out the others")
 
     @property
     def model_directory(self) -> Path | None:

@@ -26,13 +26,14 @@ from moe_rco.ckpt.dequantized import read_dequantized
 from moe_rco.ckpt.header import TensorInfo
 from moe_rco.ckpt.reader import Checkpoint
 from moe_rco.ckpt.stock import QUANT_METHOD
+from moe_rco.ckpt.store import Place
 from moe_rco.errors import MoeRcoError, PlanError
 from moe_rco.plan import Plan, by_expert
 from moe_rco.quant.packing import cost_table
 from moe_rco.report import Reload
-from moe_rco.serve.config import LayerOptions, layer_options
+from moe_rco.serve.config import LayerOptions, dense_options, layer_options
 from moe_rco.serve.hf import register
-from moe_rco.types import Assignment, Option, Progress
+from moe_rco.types import Assignment, Group, Option, Progress
 
 RELOAD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 """Largest difference of a logit between the written and the searched model; routing may differ by rounding in bfloat16."""
@@ -105,7 +106,7 @@ class Assigned:
         return self.model.hidden(ids, self.choice)
 
     def head(self) -> AbstractContextManager[Callable[[torch.Tensor], torch.Tensor]]:
-        return self.model.runner.head()
+        return self.model.head(self.choice)
 
 
 @dataclass(frozen=True)
@@ -122,30 +123,31 @@ class Loaded:
 
 
 class _Files:
-    """A written checkpoint in the place of a store: the experts of all options lie in the same files."""
+    """A written checkpoint in the place of a store: what is at all options lies in the same files."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
 
-    def tensors(self, layer: int, option: Option) -> Mapping[str, TensorInfo]:
+    def tensors(self, place: Place, option: Option) -> Mapping[str, TensorInfo]:
         return self._checkpoint.tensors
 
 
 def read_written(
     directory: Path, device: torch.device, dtype: torch.dtype, streaming: Streaming | None
 ) -> Assigned:
-    """A checkpoint that we wrote as our own layers: every expert is read from its files, in the option it has there.
+    """A checkpoint that we wrote as our own layers: every group is read from its files, in the option it has there.
 
     Raises ModelError, PlanError where the files, config.json and the plan do not belong together.
     """
     checkpoint = Checkpoint(directory, allow_quantized=True)
     adapter = get_adapter(checkpoint.config)
-    options = written_options(checkpoint)
-    groups = adapter.groups(checkpoint.config)
-    used = tuple(dict.fromkeys(option for layer in options.values() for option in layer))
-    table = cost_table(groups, used, 0, 0)
-    choice = np.array([used.index(options[group.layer][group.index]) for group in groups])
-    runner = Runner(checkpoint, adapter, device, dtype, streaming)
+    options, dense = written_options(checkpoint), written_dense(checkpoint)
+    every = [option for layer in options.values() for option in layer]
+    used = tuple(dict.fromkeys([*every, *dense.values()]))
+    table = cost_table((*adapter.groups(checkpoint.config), *dense), used, 0, 0)
+    choice = np.array([used.index(option) for option in (*every, *dense.values())])
+    packed = {w.name for group, option in dense.items() if option.is_quantized for w in group.weights}
+    runner = Runner(checkpoint, adapter, device, dtype, streaming, without=packed)
     bank = OptionBank(checkpoint, table, device, dtype, streaming)
     model = AssignedModel(runner, adapter, checkpoint.config, bank, _Files(checkpoint))
     return Assigned(model, choice)
@@ -170,6 +172,14 @@ def written_options(checkpoint: Checkpoint) -> LayerOptions:
         layer: tuple(options[layer, expert] for expert in plan.kept(layer))
         for layer in adapter.moe_layers(config)
     }
+
+
+def written_dense(checkpoint: Checkpoint) -> dict[Group, Option]:
+    """The option of every dense group that was chosen for. Raises ModelError where config.json is not ours."""
+    if Plan.load(checkpoint.directory).layout != "mixed":
+        return {}
+    adapter, config = get_adapter(checkpoint.config), checkpoint.config
+    return dense_options(config.get("quantization_config") or {}, adapter, config)
 
 
 @torch.no_grad()

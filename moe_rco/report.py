@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -14,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from moe_rco.calib.measure import Score
 from moe_rco.errors import PlanError
 from moe_rco.files import check_regular, first_complaint
-from moe_rco.types import Budget, Layout, Room
+from moe_rco.types import Budget, Kind, Layout, Room
 from moe_rco.units import format_size
 
 FILE_NAME = "report.json"
@@ -66,7 +68,8 @@ class BudgetPart(_Part):
 
 
 class BytesPart(_Part):
-    """File bytes. Experts are the routed experts' tensors; `other` everything else in the weight files.
+    """File bytes. Experts are the routed experts' tensors and those of the dense groups that were chosen for; `other`
+    everything else in the weight files.
 
     `slack` is budget minus `experts_after`, `slack_ratio` that over the budget; `total` is experts and other.
     """
@@ -88,6 +91,27 @@ class Layer(_Part):
     layer: int
     options: tuple[str, ...]
     tokens: tuple[int, ...] = ()
+
+
+class DenseGroup(_Part):
+    """A group other than a routed expert: its option, and its bytes in the files."""
+
+    name: str
+    kind: Kind
+    layer: int
+    option: str
+    bytes: int
+
+
+def by_layer(groups: Sequence[DenseGroup]) -> Iterator[tuple[str, str, int]]:
+    """Of dense groups, first to last, a line for each layer: its number, or what is before or behind them; options; bytes."""
+    for layer, found in itertools.groupby(groups, key=lambda group: group.layer):
+        of = list(found)
+        inside = of[0].kind not in ("embeddings", "head")
+        options = (
+            f"{group.name.rpartition('.')[2]} {group.option}" if inside else group.option for group in of
+        )
+        yield str(layer) if inside else of[0].kind, ", ".join(options), sum(group.bytes for group in of)
 
 
 class Candidate(_Part):
@@ -248,6 +272,7 @@ class Report(_Part):
     budget: BudgetPart
     bytes: BytesPart
     layers: tuple[Layer, ...]
+    dense: tuple[DenseGroup, ...] = Field(default=(), exclude_if=lambda dense: not dense)
     counts: dict[str, int]
     candidates: tuple[Candidate, ...]
     winner: str
@@ -263,6 +288,20 @@ class Report(_Part):
     warnings: tuple[str, ...] = ()
     scores: tuple[TaskScore, ...] = ()
     digest: str = ""
+
+    @property
+    def dense_counts(self) -> dict[str, dict[str, int]]:
+        """Kind of dense group -> option -> how many of them have it."""
+        return {
+            kind: dict(Counter(group.option for group in self.dense if group.kind == kind))
+            for kind in dict.fromkeys(group.kind for group in self.dense)
+        }
+
+    @property
+    def covers(self) -> str:
+        """What the budget covers, as a title."""
+        kinds = dict.fromkeys(group.kind.replace("_", " ") for group in self.dense)
+        return ", ".join(["routed experts", *kinds])
 
     @property
     def losses(self) -> tuple[float, float]:
@@ -360,7 +399,8 @@ class OptionCost(_Part):
 class Preflight(_Part):
     """What `--dry-run` prints: everything known before any work. Sizes in bytes, the largest budget first.
 
-    `other_bytes` are all weights but the routed experts'. `smallest` and `largest` bound what the options can cost; `memory` and
+    `groups` are what the budget covers, `experts_before` what that takes now, and `other_bytes` all other weights.
+    `smallest` and `largest` bound what the options can cost; `memory` and
     `device_memory` estimate the run's peaks; `streamed` tells that weights are read from disk as they are needed. `stages` are
     what a short measurement says that each stage will take in seconds, for all budgets together; empty where the model is
     not here.
@@ -373,6 +413,7 @@ class Preflight(_Part):
     top_k: int
     layout: Layout = "mixed"
     options: tuple[OptionCost, ...]
+    groups: tuple[Kind, ...] = ("experts",)
     experts_before: int
     other_bytes: int
     smallest: int

@@ -23,6 +23,7 @@ from moe_rco.report import (
     BudgetPart,
     BytesPart,
     Candidate,
+    DenseGroup,
     Layer,
     QuantizerOption,
     QuantizerPart,
@@ -86,6 +87,10 @@ def build_report(
                 tokens=tuple(map(int, usage.counts[layer].tolist())),
             )
             for layer in table.layers
+        ),
+        dense=tuple(
+            DenseGroup(name=group.name, kind=group.kind, layer=group.layer, option=option.name, bytes=size)
+            for group, option, size in assignment.dense()
         ),
         counts=assignment.counts(),
         candidates=tuple(_candidate(tried) for tried in chosen.candidates),

@@ -28,7 +28,7 @@ from moe_rco.calib.search import knapsack
 from moe_rco.calib.streaming import give_back
 from moe_rco.calib.team import Team
 from moe_rco.ckpt.header import TensorInfo
-from moe_rco.ckpt.store import Store
+from moe_rco.ckpt.store import Place, Store
 from moe_rco.ckpt.workdir import TRIAL
 from moe_rco.ckpt.writer import from_tensor, write_file
 from moe_rco.job import Ready
@@ -116,7 +116,7 @@ class _Trial:
         ready.checkpoint.check_finite(self.few.groups)
 
     def _part(self, experts: int | None) -> CostTable:
-        table = self.sized.table
+        table = self.sized.table.experts
         groups = [group for group in table.groups if group.layer == self.layer][:experts]
         original = sum(group.numel for group in groups) * table.original_bytes // table.numel
         return cost_table(groups, table.options, min(table.floor, len(groups)), original)
@@ -259,8 +259,8 @@ class _Repeated:
     table: CostTable
     few: CostTable
 
-    def tensors(self, layer: int, option: Option) -> dict[str, TensorInfo]:
-        found, all_of_them = self.store.tensors(layer, option), {}
+    def tensors(self, place: Place, option: Option) -> dict[str, TensorInfo]:
+        found, all_of_them = self.store.tensors(place, option), {}
         for number, group in enumerate(self.table.groups):
             stands = self.few.groups[number % len(self.few.groups)]
             for weight, other in zip(group.weights, stands.weights, strict=True):

@@ -6,9 +6,9 @@ import difflib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 
@@ -18,6 +18,10 @@ Layout = Literal["mixed", "stock"]
 """How experts may differ: `mixed`, each for itself; `stock`, as readers without this package need it: every
 layer keeps equally many experts, all experts of a layer at one precision.
 """
+
+Kind = Literal["experts", "attention", "shared_experts", "embeddings", "head"]
+"""What a group is made of. All but routed experts are called dense: every token uses them, and none is pruned."""
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 QUANTIZED_BITS = (2, 3, 4, 8)
 _OPTION = re.compile(r"int([0-9]+)(?:-g([0-9]+))?")
@@ -97,27 +101,41 @@ class Weight:
 
 @dataclass(frozen=True)
 class Group:
-    """Weights that take one option together; today one routed expert.
+    """Weights that take one option together: a routed expert, or a dense group.
 
-    `layer` is the decoder layer, `index` the expert's id in it (the original id, also after pruning).
+    `layer` is the decoder layer, `index` the expert's id in it (the original id, also after pruning). Dense groups have no
+    index; embeddings are in layer -1, the head is behind the last.
     """
 
     name: str
     layer: int
     index: int
     weights: tuple[Weight, ...]
+    kind: Kind = "experts"
+
+    @property
+    def is_dense(self) -> bool:
+        return self.kind != "experts"
 
     @property
     def numel(self) -> int:
         return sum(weight.numel for weight in self.weights)
 
+    def admits(self, option: Option) -> bool:
+        """Whether the option is one of this group's: a dense group is not pruned, and takes only what fits its widths."""
+        if not self.is_dense:
+            return True
+        size = option.group_size
+        return not option.is_prune and all(size is None or w.shape[1] % size == 0 for w in self.weights)
+
 
 @dataclass(frozen=True, eq=False)
 class CostTable:
-    """Exact bytes on disk of every option of every group.
+    """Exact bytes on disk of every option of every group: routed experts first, then the dense groups.
 
-    `costs` is int64 [N, K] (N groups, K options), `original_bytes` what the groups take in the model as given.
-    `floor` is the number of groups each layer must keep (the model's experts per token); `layout` says which
+    `costs` is int64 [N, K] (N groups, K options), of no meaning where an option is not `allowed`; `original_bytes` what the
+    groups take in the model as given.
+    `floor` is the number of experts each layer must keep (the model's experts per token); `layout` says which
     assignments are allowed.
     """
 
@@ -129,9 +147,41 @@ class CostTable:
     layout: Layout = "mixed"
 
     @cached_property
+    def allowed(self) -> np.ndarray:
+        """bool [N, K]: the options of each group."""
+        return np.array([[group.admits(option) for option in self.options] for group in self.groups])
+
+    @cached_property
+    def dense(self) -> np.ndarray:
+        """int64: the rows of the dense groups."""
+        return np.flatnonzero([group.is_dense for group in self.groups])
+
+    @cached_property
+    def experts(self) -> CostTable:
+        """The routed experts alone."""
+        if not len(self.dense):
+            return self
+        count = len(self.groups) - len(self.dense)
+        groups = self.groups[:count]
+        original = sum(group.numel for group in groups) * self.original_bytes // self.numel
+        return replace(self, groups=groups, costs=self.costs[:count], original_bytes=original)
+
+    @cached_property
     def layer(self) -> np.ndarray:
-        """int64 [N]: the decoder layer of each group."""
-        return np.array([group.layer for group in self.groups], dtype=np.int64)
+        """int64 [N]: the decoder layer of each expert, and of all dense groups one that no expert is in."""
+        layers = np.array([group.layer for group in self.groups], dtype=np.int64)
+        if len(self.dense):
+            layers[self.dense] = self.layers[-1] + 1
+        return layers
+
+    @cached_property
+    def floors(self) -> np.ndarray | int:
+        """How many groups must be kept of those with the same `layer`, by `layer`."""
+        if not len(self.dense):
+            return self.floor
+        floors = np.zeros(self.layers[-1] + 2, dtype=np.int64)
+        floors[list(self.layers)] = self.floor
+        return floors
 
     @cached_property
     def numel(self) -> int:
@@ -139,14 +189,23 @@ class CostTable:
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
-        return tuple(int(layer) for layer in np.unique(self.layer))
+        """The decoder layers with routed experts."""
+        return tuple(sorted({group.layer for group in self.groups if not group.is_dense}))
 
     def rows(self, layer: int) -> np.ndarray:
-        """int64 [E]: the rows of a layer's groups, in order of their index."""
-        return np.flatnonzero(self.layer == layer)
+        """int64 [E]: the rows of a layer's experts, in order of their index."""
+        return np.flatnonzero(self.experts.layer == layer)
 
     def option_index(self, option: Option) -> int:
         return self.options.index(option)
+
+    def like(self, option: Option) -> np.ndarray:
+        """int64 [N]: the index of an option, or where a group does not have it, of the next wider one or else of the widest."""
+        order = sorted(range(len(self.options)), key=lambda index: self.options[index].bits)
+        wider = [index for index in order if self.options[index].bits >= option.bits]
+        preferred = [self.option_index(option), *wider, *reversed(order)]
+        first = self.allowed[:, preferred].argmax(1)
+        return np.array(preferred, dtype=np.int64)[first]
 
     @property
     def prune_index(self) -> int | None:
@@ -159,15 +218,21 @@ class CostTable:
         They are the same for both layouts: the experts of a layer have one size, so the cheapest assignment
         keeps `floor` experts everywhere at the cheapest option, or all where prune is not an option.
         """
-        cheapest = self.costs.min(1)
-        cheapest_kept = np.where(self.costs > 0, self.costs, np.iinfo(np.int64).max).min(1)
+        most = np.iinfo(np.int64).max
+        cheapest = np.where(self.allowed, self.costs, most).min(1)
+        cheapest_kept = np.where(self.allowed & (self.costs > 0), self.costs, most).min(1)
         smallest = int(cheapest.sum())
         for layer in self.layers:
             rows = self.rows(layer)
             pruned = rows[cheapest[rows] == 0]
             must_keep = max(0, self.floor - (len(rows) - len(pruned)))
             smallest += int(np.sort(cheapest_kept[pruned])[:must_keep].sum())
-        return smallest, int(self.costs.max(1).sum())
+        return smallest, int(np.where(self.allowed, self.costs, 0).max(1).sum())
+
+
+def covered(table: CostTable) -> str:
+    """What the budget covers, in words."""
+    return "the groups that the budget covers" if len(table.dense) else "the routed experts"
 
 
 @dataclass(frozen=True)
@@ -186,7 +251,7 @@ class Room:
 
     @property
     def experts(self) -> int:
-        """What is left for the routed experts; may be less than nothing."""
+        """What is left for the groups that the budget covers; may be less than nothing."""
         return self.usable - self.other_weights - self.kv_cache - self.activations - self.reserve
 
 
@@ -212,7 +277,8 @@ class Assignment:
 
     @classmethod
     def uniform(cls, table: CostTable, option: Option) -> Assignment:
-        return cls(table, np.full(len(table.groups), table.option_index(option), dtype=np.int64))
+        """Every expert at an option, and dense groups at what is like it."""
+        return cls(table, table.like(option))
 
     @property
     def cost(self) -> int:
@@ -230,12 +296,20 @@ class Assignment:
         return [self.table.groups[row].index for row in rows if not self.option(row).is_prune]
 
     def counts(self) -> dict[str, int]:
-        return {
-            option.name: int(np.sum(self.choice == index)) for index, option in enumerate(self.table.options)
-        }
+        """How many experts take each option."""
+        experts = self.choice[: len(self.table.experts.groups)]
+        return {option.name: int(np.sum(experts == index)) for index, option in enumerate(self.table.options)}
+
+    def dense(self) -> Iterator[tuple[Group, Option, int]]:
+        """The dense groups, each with its option and what it costs."""
+        for row in self.table.dense.tolist():
+            yield self.table.groups[row], self.option(row), int(self.table.costs[row, self.choice[row]])
 
     def check(self, budget: Budget) -> None:
-        """Raise PlanError where the budget, a layer's floor or the table's layout is violated."""
+        """Raise PlanError where the budget, a group's options, a layer's floor or the table's layout is violated."""
+        for group, option, _ in self.dense():
+            if not group.admits(option):
+                raise PlanError(f"{group.name} cannot take the option {option}")
         if self.cost > budget.bytes:
             raise PlanError(f"the assignment needs {self.cost} bytes, the budget is {budget.bytes} bytes")
         for layer in self.table.layers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,10 +35,10 @@ class Calibration:
     q: np.ndarray
 
 
-def calibration_of(family: str, place: Path) -> Calibration:
-    checkpoint = Checkpoint(save_tiny(family, place / "model"))
+def calibration_of(family: str, place: Path, dense: bool = False, **config: Any) -> Calibration:
+    checkpoint = Checkpoint(save_tiny(family, place / "model", **config))
     adapter = get_adapter(checkpoint.config)
-    table = table_of(checkpoint, OPTIONS)
+    table = table_of(checkpoint, OPTIONS, dense)
     bank = OptionBank(checkpoint, table, CPU, torch.float32)
     runner = Runner(checkpoint, adapter, CPU, torch.float32)
     generator = torch.Generator().manual_seed(0)

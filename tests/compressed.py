@@ -53,27 +53,32 @@ class Job:
         )
 
 
-def random_job(model: Path, store: Path, seed: int, options: Sequence[str] = EVERY_OPTION) -> Job:
+def random_job(
+    model: Path, store: Path, seed: int, options: Sequence[str] = EVERY_OPTION, dense: bool = False
+) -> Job:
     """A random assignment that keeps at least as many experts as are used per token, its store, and its
-    plan.
+    plan; with `dense` of every group that the model has.
     """
     checkpoint = Checkpoint(model)
     adapter = get_adapter(checkpoint.config)
-    table = table_of(checkpoint, options)
+    table = table_of(checkpoint, options, dense)
     rng = np.random.default_rng(seed)
     choice = rng.integers(len(table.options), size=len(table.groups))
     kept_options = [index for index, option in enumerate(table.options) if not option.is_prune]
     for layer in table.layers:
         always = rng.choice(table.rows(layer), size=table.floor, replace=False)
         choice[always] = rng.choice(kept_options, size=table.floor)
+    for row in table.dense:
+        choice[row] = rng.choice(table.allowed[row].nonzero()[0])
     assignment = Assignment(table, choice)
     plan = plan_of(assignment, slack=1000)
     return Job(checkpoint, adapter, assignment, plan, quantise(checkpoint, table, store))
 
 
-def table_of(checkpoint: Checkpoint, options: Sequence[str]) -> CostTable:
+def table_of(checkpoint: Checkpoint, options: Sequence[str], dense: bool = False) -> CostTable:
     adapter = get_adapter(checkpoint.config)
     groups = adapter.groups(checkpoint.config)
+    groups += adapter.every_dense(checkpoint.config) if dense else ()
     parsed = tuple(Option.parse(name) for name in options)
     original = sum(checkpoint.tensors[weight.name].nbytes for group in groups for weight in group.weights)
     return cost_table(groups, parsed, adapter.top_k(checkpoint.config), original)
@@ -98,4 +103,12 @@ def quantise(checkpoint: Checkpoint, table: CostTable, directory: Path) -> Store
                     base = weight.name.removesuffix(".weight")
                     tensors |= {f"{base}.{suffix}": tensor[index] for suffix, tensor in packed.items()}
             store.write(layer, option, tensors)
+    for group in (table.groups[row] for row in table.dense):
+        for option in filter(lambda option: option.is_quantized and group.admits(option), table.options):
+            tensors = {}
+            for weight in group.weights:
+                made = quantize_rtn(checkpoint.read(weight.name).float(), option, search=False)
+                packed, base = pack(*made, option), weight.name.removesuffix(".weight")
+                tensors |= {f"{base}.{suffix}": tensor for suffix, tensor in packed.items()}
+            store.write(group.name, option, tensors)
     return store

@@ -6,15 +6,17 @@ disk; transformers 5 fuses the experts of a layer into 3-D parameters on load an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from moe_rco.errors import ModelError
-from moe_rco.types import Group, Weight
+from moe_rco.errors import ModelError, RecipeError
+from moe_rco.types import Group, Kind, Weight
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+"""Names on disk; every family we know has these."""
 MASKED_LOGIT = -1e30
 """Router logit of a pruned expert: large and finite, because -inf minus -inf would be NaN in some kernels."""
 
@@ -85,6 +87,8 @@ class Adapter:
     projections = ("gate_proj", "up_proj", "down_proj")
     """Names of gate, up and down inside an expert, on disk."""
     intermediate_key = "moe_intermediate_size"
+    quantised_embeddings = True
+    """Whether vLLM reads this family's embeddings at other options than bf16."""
 
     def num_experts(self, config: Config) -> int:
         # transformers 5 writes `num_local_experts` for every family; older Qwen files say `num_experts`.
@@ -120,13 +124,76 @@ class Adapter:
         )
         return Group(name, layer, index, weights)
 
-    def groups(self, config: Config) -> tuple[Group, ...]:
-        """Every routed expert, layer by layer."""
-        return tuple(
+    def groups(self, config: Config, kinds: Collection[Kind] = ()) -> tuple[Group, ...]:
+        """Every routed expert, layer by layer, and then the dense groups of some kinds."""
+        experts = (
             self.expert(config, layer, index)
             for layer in self.moe_layers(config)
             for index in range(self.num_experts(config))
         )
+        return (*experts, *self.dense(config, kinds))
+
+    def tied(self, config: Config) -> bool:
+        """Whether the embeddings are the head as well."""
+        return bool(config.get("tie_word_embeddings", False))
+
+    def shared_expert(self, config: Config, layer: int) -> Group | None:
+        """The shared expert of a layer: gate [I, H], up [I, H] and down [H, I], in this order; None where there is none."""
+        return None
+
+    def attention(self, config: Config, layer: int) -> tuple[Group, Group]:
+        """Queries, keys and values, which vLLM fuses and so need one option; and the output projection."""
+        hidden, heads = (int(get_field(config, key)) for key in ("hidden_size", "num_attention_heads"))
+        size = int(config.get("head_dim") or hidden // heads)
+        keys = int(config.get("num_key_value_heads") or heads) * size
+        name = f"model.layers.{layer}.self_attn"
+        rows = {"q_proj": heads * size, "k_proj": keys, "v_proj": keys}
+        inputs = tuple(Weight(f"{name}.{part}.weight", (size, hidden)) for part, size in rows.items())
+        output = Weight(f"{name}.o_proj.weight", (hidden, heads * size))
+        return (
+            Group(f"{name}.qkv_proj", layer, 0, inputs, "attention"),
+            Group(f"{name}.o_proj", layer, 0, (output,), "attention"),
+        )
+
+    def dense(self, config: Config, kinds: Collection[Kind]) -> Iterator[Group]:
+        """The groups of some kinds other than routed experts, first to last. Raises RecipeError where the model has none."""
+        layers = int(get_field(config, "num_hidden_layers"))
+        shape = (int(config.get("vocab_size") or 0), int(get_field(config, "hidden_size")))
+        routed = self.moe_layers(config) if "shared_experts" in kinds else []
+        shared = {layer: self.shared_expert(config, layer) for layer in routed}
+        ends = {"embeddings", "head"} & set(kinds)
+        if routed and not any(shared.values()):
+            raise RecipeError(
+                f"groups: {self.model_type} models have no shared experts; leave out shared_experts"
+            )
+        if ends and shape[0] < 1:
+            raise RecipeError(
+                f"groups: config.json has no vocab_size; leave out {' and '.join(sorted(ends))}"
+            )
+        if not self.quantised_embeddings and ("embeddings" in ends or (ends and self.tied(config))):
+            raise RecipeError(
+                f"groups: vLLM reads the embeddings of {self.model_type} models as they are; leave out "
+                + " and ".join(sorted(ends))
+            )
+        if "embeddings" in ends or (ends and self.tied(config)):
+            name = EMBEDDING.removesuffix(".weight")
+            yield Group(name, -1, 0, (Weight(EMBEDDING, shape),), "embeddings")
+        for layer in range(layers):
+            if "attention" in kinds:
+                yield from self.attention(config, layer)
+            if (group := shared.get(layer)) is not None:
+                yield group
+        if "head" in ends and not self.tied(config):
+            yield Group(HEAD.removesuffix(".weight"), layers, 0, (Weight(HEAD, shape),), "head")
+
+    def every_dense(self, config: Config) -> tuple[Group, ...]:
+        """All dense groups that may be chosen for in this model."""
+        kinds: set[Kind] = {"attention", "head", "embeddings"}
+        if not self.quantised_embeddings:
+            kinds -= {"embeddings"} | ({"head"} if self.tied(config) else set())
+        if any(self.shared_expert(config, layer) for layer in self.moe_layers(config)):
+            kinds.add("shared_experts")
+        return tuple(self.dense(config, kinds))
 
     def router_name(self, layer: int) -> str:
         """Name on disk of a router's weight [E, H]."""

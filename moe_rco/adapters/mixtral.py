@@ -11,6 +11,7 @@ class Mixtral(Adapter):
     block = "block_sparse_moe"
     projections = ("w1", "w3", "w2")
     intermediate_key = "intermediate_size"
+    quantised_embeddings = False
 
     def renormalise(self, config: Config) -> bool:
         return True

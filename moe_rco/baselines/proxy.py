@@ -6,6 +6,8 @@ takes one option, on the inputs of the uncompressed model:
 - kept at option k: sum_t |w_t (f_k(x_t) - f(x_t))|^2 over the tokens routed to the expert;
 - pruned: sum_t |y_t' - y_t|^2, y_t' being routed again without it: the next expert in line enters and the
   weights are renormalised as the architecture does.
+
+Of dense groups it is the squared error of their own outputs, sum_t |(W_k - W) x_t|^2 over their matrices.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from moe_rco.baselines.dense_errors import DenseErrors
 from moe_rco.calib.data import TokenPool
 from moe_rco.calib.dispatch import by_expert
 from moe_rco.calib.moe import LayerState
@@ -33,8 +36,8 @@ SCALES: tuple[Scale, ...] = ("absolute", "block", "stream")
 class OutputErrors:
     """Squared errors of the block's output summed over tokens, float64 [N, K], and what to relate them to.
 
-    `block` and `stream`, float64 [N], are the summed squares of the layer's routed output and of the residual
-    stream it is added to.
+    `block` and `stream`, float64 [N], are the summed squares of the layer's routed output (of a dense group: its own) and of
+    the residual stream it is added to.
     """
 
     errors: np.ndarray
@@ -71,14 +74,20 @@ def output_errors(model: AssignedModel, pool: TokenPool, progress: Progress) -> 
             def experts(layer: int, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
                 return layers[layer].observe(x, logits)
 
-            h, context = runner.embed(ids.to(runner.device))
+            ids = ids.to(runner.device)
+            h, context = runner.embed(ids)
             found = np.zeros((groups, options + 2))
-            for index, layer in model.walk(states, every=True):
-                h = runner.step(index, layer, h, context, experts)
+            dense = DenseErrors(model, found, len(ids))
+            dense.embeddings(ids, h)
+            for index, layer in model.walk(states, model.dense([None], len(ids)), every=True):
+                with dense.within(index, layer):
+                    h = runner.step(index, layer, h, context, experts)
+                dense.measure(index, layer, h)
                 if index in layers:
                     rows, of = table.rows(index), layers[index]
                     found[rows, :options] = of.errors[:, :options].cpu().numpy()
                     found[rows, options:] = of.block, float(h.double().square().sum())
+            dense.head(h)
             advance(min(len(pool), len(ids) * model.team.size))
             return found
 

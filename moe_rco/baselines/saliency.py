@@ -1,4 +1,4 @@
-"""Prune the experts with the lowest score and keep all others at one option.
+"""Prune the experts with the lowest score and keep all others, and what is dense, at one option.
 
 With routed token counts as scores this is frequency pruning, with `Usage.saliency` it is REAP (arXiv
 2510.13999).
@@ -29,15 +29,17 @@ def prune_lowest(
     prune = table.prune_index
     if prune is None:
         return None
-    share, rank = np.zeros(len(table.groups)), np.zeros(len(table.groups), dtype=np.int64)
+    experts = table.experts.groups
+    share, rank = np.zeros(len(experts)), np.zeros(len(experts), dtype=np.int64)
     for layer in table.layers:
         rows, score = table.rows(layer), scores[layer].double().cpu().numpy()
         share[rows] = score / max(score.sum(), 1e-300)
         rank[rows[np.argsort(-score, kind="stable")]] = np.arange(len(rows))
     turn = np.maximum(rank, table.floor) if per_layer else np.full_like(rank, table.floor)
     order = np.lexsort((-share, np.where(rank < table.floor, -1, turn)))
-    kept = table.option_index(option)
-    choice, left = np.full(len(order), prune, dtype=np.int64), budget.bytes - int(table.costs[:, prune].sum())
+    kept, choice = table.option_index(option), table.like(option)
+    choice[: len(experts)] = prune
+    left = budget.bytes - Assignment(table, choice).cost
     for row in order:
         price = int(table.costs[row, kept] - table.costs[row, prune])
         if price <= left:
@@ -61,7 +63,8 @@ def prune_equally(table: CostTable, budget: Budget, scores: Scores, option: Opti
     ]
     best: Assignment | None = None
     for count in range(table.floor, min(map(len, ranked)) + 1):
-        choice = np.full(len(table.groups), prune, dtype=np.int64)
+        choice = table.like(option)
+        choice[: len(table.experts.groups)] = prune
         choice[np.concatenate([rows[:count] for rows in ranked])] = kept
         assignment = Assignment(table, choice)
         if assignment.cost > budget.bytes:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from transformers.activations import ACT2FN
 
+from moe_rco.calib.dense_bank import DenseBank, Stored
 from moe_rco.calib.streaming import Streaming
 from moe_rco.calib.transfer import Mover
 from moe_rco.calib.window import Window
@@ -19,7 +19,7 @@ from moe_rco.ckpt.reader import Checkpoint
 from moe_rco.errors import ModelError, StoreError
 from moe_rco.quant.grid import Quantized
 from moe_rco.quant.packing import PACKED, SCALE, SHAPE, WEIGHT, ZERO_POINT, unpack
-from moe_rco.types import CostTable, Option, Weight
+from moe_rco.types import CostTable, Weight
 
 Stacked = tuple[torch.Tensor, torch.Tensor]
 """Gate and up joined [E, 2I, H], and down [E, H, I]."""
@@ -27,14 +27,6 @@ Compact = tuple[Mapping[str, torch.Tensor], ...]
 """Gate, up and down as they are on disk, by suffix."""
 Key = tuple[int, int, int]
 """Layer, expert, and option of the cost table (or `original`)."""
-
-
-class Stored(Protocol):
-    """Where quantised experts are read from: a store, or a written checkpoint."""
-
-    def tensors(self, layer: int, option: Option) -> Mapping[str, TensorInfo]:
-        """The quantised tensors of a layer's experts at an option, by name, others perhaps beside them. Raises StoreError."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -99,7 +91,8 @@ class OptionBank:
         streaming: Streaming | None = None,
     ) -> None:
         self.table, self.device, self.dtype, self.streaming = table, device, dtype, streaming
-        self._checkpoint, self.config = checkpoint, checkpoint.config
+        self.dense = DenseBank(checkpoint, table, device, dtype, streaming)
+        self.checkpoint, self.config = checkpoint, checkpoint.config
         self._activation = _activation(str(checkpoint.config.get("hidden_act", "silu")))
         self._layers: dict[tuple[int, bool], LayerBank] = {}
         self._store: Stored | None = None
@@ -182,7 +175,7 @@ class OptionBank:
         layer, expert, option = key
         weights = self.table.groups[self.table.rows(layer)[expert]].weights
         if option == self.original:
-            return tuple({WEIGHT: self._mover(self._checkpoint.read(weight.name))} for weight in weights)
+            return tuple({WEIGHT: self._mover(self.checkpoint.read(weight.name))} for weight in weights)
         infos = self._infos(layer, option)
         return tuple(self._part(infos, weight) for weight in weights)
 

@@ -17,12 +17,14 @@ from torch.nn import functional as F
 from moe_rco.adapters import route
 from moe_rco.calib.bank import LayerBank
 from moe_rco.calib.data import TokenPool
+from moe_rco.calib.moments import Moments
 from moe_rco.calib.objective import AssignedModel
 from moe_rco.calib.quantise import WORKSPACE, LayerQuantizer, RoutedTokens
+from moe_rco.calib.quantise_dense import missing, quantise
 from moe_rco.calib.reference import Reference
 from moe_rco.calib.room import Room
 from moe_rco.ckpt.store import Store
-from moe_rco.types import Progress
+from moe_rco.types import Group, Progress
 
 _log = logging.getLogger(__name__)
 
@@ -71,7 +73,7 @@ def calibrate(
     h, x, y = (each.tensor for each in rooms)
     for part in parts:
         h[part] = runner.embed(ids[part].to(runner.device))[0]
-    usage = Usage({}, {})
+    usage, dense = Usage({}, {}), _DenseGroups(model, store, method)
     with progress.stage(
         "calibrate and quantise", runner.num_layers * len(parts) + 2 * len(table.groups)
     ) as advance:
@@ -81,48 +83,96 @@ def calibrate(
                 each.let_go()
             advance(units)
 
+        dense.quantise(-1, done)
         for index, layer in runner.layers():
             routes = index in runner.moe_layers
             experts = len(table.rows(index)) if routes else 0
             # In order twice: they are run first, and quantised then.
             bank.expect((index, expert, bank.original) for _ in range(2) for expert in range(experts))
             logits = []
+            moments = dense.moments(index)
             for part in parts:
                 states = h[part].to(runner.device)
-                states, inputs = runner.attend(index, layer, states, runner.context(states))
+                moments.sequences = max(0, len(pools[0]) - part.start)
+                with moments.within(layer, len(states)):
+                    states, inputs = runner.attend(index, layer, states, runner.context(states))
                 h[part], x[part] = states, inputs
                 if routes:
                     logits.append(runner.router(layer, inputs.flatten(0, 1)).to(home))
                 done(1)
+            dense.quantise(index, done, moments)
             if not routes:
                 continue
             weights, chosen = route(torch.cat(logits), model.top_k, model.renormalise)
             tokens = RoutedTokens(x.flatten(0, 1), weights, chosen, len(pools[0]) * length, experts)
-            missing = [o for o in table.options if o.is_quantized and not store.has(index, o)]
-            made = ", ".join(option.name for option in missing) or "nothing, all is there from an earlier run"
+            lacking = [o for o in table.options if o.is_quantized and not store.has(index, o)]
+            made = ", ".join(option.name for option in lacking) or "nothing, all is there from an earlier run"
             seen = tokens.counts
             _log.info(
                 "layer %d: %d to %d tokens an expert; quantised: %s", index, seen.min(), seen.max(), made
             )
             layer_bank = bank.layer(index)
             workspace = WORKSPACE if bank.streaming is None else bank.streaming.workspace
-            quantizer = LayerQuantizer(layer_bank, tokens, method if missing else "rtn", workspace)
+            quantizer = LayerQuantizer(layer_bank, tokens, method if lacking else "rtn", workspace)
             y.zero_()
             usage.counts[index] = tokens.counts.double().cpu()
             usage.saliency[index] = _run(layer_bank, tokens, quantizer, y.flatten(0, 1), done)
             usage.saliency[index] /= usage.counts[index].clamp_min(1)
             for part in parts:
                 h[part] += y[part]
-            if missing:
-                quantizer.quantise(index, missing, table, store, done, model.team)
+            if lacking:
+                quantizer.quantise(index, lacking, table, store, done, model.team)
             else:
                 advance(experts)
-    references = [Reference.empty(len(pool), length, runner.vocab_size, pool.weights) for pool in pools]
-    with runner.head() as head:
-        for row, positions in itertools.product(range(count), model.positions(length)):
-            pool, at = (0, row) if row < len(pools[0]) else (1, row - len(pools[0]))
-            references[pool].fill(at, positions, head(h[row, positions].to(runner.device)))
+        references = [Reference.empty(len(pool), length, runner.vocab_size, pool.weights) for pool in pools]
+        moments = dense.moments(runner.num_layers)
+        project = moments.at_head(moments.groups[0]) if moments.groups else F.linear
+        with runner.head() as head:
+            for row, positions in itertools.product(range(count), model.positions(length)):
+                pool, at = (0, row) if row < len(pools[0]) else (1, row - len(pools[0]))
+                moments.sequences = 1 - pool
+                logits = head(h[row, positions].to(runner.device), project)
+                references[pool].fill(at, positions, logits)
+        dense.quantise(runner.num_layers, done, moments)
     return Calibrated(references[0], references[1], usage)
+
+
+class _DenseGroups:
+    """The dense groups of every layer (-1 has the embeddings, the one behind the last the head), to be quantised."""
+
+    def __init__(self, model: AssignedModel, store: Store, method: str) -> None:
+        self._model, self._store, self._method = model, store, method
+        self._groups: dict[int, list[Group]] = {}
+        for row in model.table.dense:
+            group = model.table.groups[row]
+            self._groups.setdefault(group.layer, []).append(group)
+
+    def moments(self, layer: int) -> Moments:
+        """For the groups of a layer that still have to be quantised by GPTQ."""
+        groups = [
+            group for group in self._groups.get(layer, ()) if self._method == "gptq" and self._missing(group)
+        ]
+        return Moments(groups, self._model.runner.device)
+
+    def quantise(self, layer: int, advance: Callable[[int], None], moments: Moments | None = None) -> None:
+        model, groups = self._model, self._groups.get(layer, [])
+        by = moments if self._method == "gptq" else None
+        left = [group for group in groups if self._missing(group)]
+        advance(2 * (len(groups) - len(left)))
+        if left:
+            quantise(
+                left,
+                model.bank.checkpoint,
+                by,
+                model.table,
+                self._store,
+                model.runner.device,
+                model.team,
+                advance,
+            )
+
+    def _missing(self, group: Group) -> bool:
+        return bool(missing(group, self._model.table, self._store))
 
 
 def _run(

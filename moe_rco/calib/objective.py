@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +12,10 @@ import torch
 from torch import nn
 
 from moe_rco.adapters import Adapter, Config
-from moe_rco.calib.bank import LayerBank, OptionBank, Stored
+from moe_rco.calib.bank import LayerBank, OptionBank
 from moe_rco.calib.data import TokenPool
+from moe_rco.calib.dense import Dense, DenseState
+from moe_rco.calib.dense_bank import Stored
 from moe_rco.calib.effects import EffectSums, Measured
 from moe_rco.calib.moe import LayerState
 from moe_rco.calib.reference import Reference, divergence
@@ -41,7 +44,10 @@ class Pass:
 
 @dataclass(frozen=True)
 class Effects:
-    """Effects of all moves, float64 [N, K], per token: `linear` their mean, `squared` their mean square."""
+    """Effects of all moves, float64 [N, K], per token: `linear` their mean, `squared` their mean square.
+
+    Of dense groups it is the square of the sum over each sequence, divided by its tokens.
+    """
 
     linear: np.ndarray
     squared: np.ndarray
@@ -64,6 +70,8 @@ class AssignedModel:
         team: Team | None = None,
     ) -> None:
         self.runner, self.bank, self.store, self.team = runner, bank, store, team or Team()
+        if store is not None:
+            bank.dense.check(store)
         self.table: CostTable = bank.table
         self.top_k, self.renormalise = adapter.top_k(config), adapter.renormalise(config)
 
@@ -97,26 +105,61 @@ class AssignedModel:
             )
         return states
 
+    def dense(
+        self,
+        choices: Sequence[np.ndarray | None],
+        sequences: int,
+        measured: Sequence[Measured] | None = None,
+        stride: int = 1,
+    ) -> Dense:
+        """The dense groups as `states` has the experts, where all samples together run on so many sequences."""
+        bank, states = self.bank.dense, list[DenseState]()
+        for row in self.table.dense.tolist():
+            options = tuple(bank.original if choice is None else int(choice[row]) for choice in choices)
+            if measured is None and set(options) == {bank.original}:
+                continue
+            shape = (sequences, len(self.table.options))
+            sums = None if measured is None else torch.zeros(shape, dtype=torch.float64)
+            states.append(
+                DenseState(bank, row, options, sequences, measured or [None] * len(options), sums, stride)
+            )
+        return Dense(bank, states)
+
     def experts(self, choice: np.ndarray | None) -> Experts:
         return _through(self.states([choice]))
 
     @torch.no_grad()
     def hidden(self, ids: torch.Tensor, choice: np.ndarray | None = None) -> torch.Tensor:
         """Last hidden states [B, S, H] of ids [B, S]."""
-        states = self.states([choice])
-        h, context = self.runner.embed(ids.to(self.runner.device))
-        for index, layer in self.walk(states):
+        states, dense = self.states([choice]), self.dense([choice], len(ids))
+        h, context = dense.embed(self.runner, ids.to(self.runner.device))
+        for index, layer in self.walk(states, dense):
             h = self.runner.step(index, layer, h, context, _through(states))
         return h
 
+    @contextmanager
+    def head(self, choice: np.ndarray | None = None) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """Maps last hidden states [..., H] to float32 logits [..., V]."""
+        with self.dense([choice], 1).head(self.runner) as logits:
+            yield lambda h: logits(h, 0, 0)
+
+    def logits(self, h: torch.Tensor, choice: np.ndarray | None = None) -> torch.Tensor:
+        """Last hidden states [..., H] to float32 logits [..., V]."""
+        with self.head(choice) as logits:
+            return logits(h)
+
     def walk(
-        self, states: dict[int, LayerState], reverse: bool = False, every: bool = False
+        self, states: dict[int, LayerState], dense: Dense, reverse: bool = False, every: bool = False
     ) -> Iterator[tuple[int, nn.Module]]:
-        """The decoder layers as `Runner.layers`; experts of this and the next are expected as chosen, or at `every` option."""
+        """The decoder layers as `Runner.layers`, with dense weights as chosen.
+
+        Experts of a layer and the next are expected as chosen, or at `every` option.
+        """
         for index, layer in self.runner.layers(reverse):
             near = (at for at in (index, index + (-1 if reverse else 1)) if at in states)
             self.bank.expect((at, *pair) for at in near for pair in _needed(states[at], every))
-            yield index, layer
+            with dense.within(index, layer):
+                yield index, layer
 
     def divergences(self, choice: np.ndarray, pool: TokenPool, reference: Reference) -> np.ndarray:
         """Mean KL to the reference of each sequence of a pool under `choice` [groups], float64 [sequences]."""
@@ -136,7 +179,7 @@ class AssignedModel:
     def own_divergences(self, choice: np.ndarray, ids: torch.Tensor, target: Reference) -> np.ndarray:
         """As `divergences`, of some sequences ids [B, S] together and by this process alone; the target is on the device."""
         rows, hidden = [], self.hidden(ids, choice)
-        with self.runner.head() as logits:
+        with self.head(choice) as logits:
             for row, states in enumerate(hidden):
                 total = sum(
                     float(divergence(target.at(row, positions), logits(states[positions])).double().sum())
@@ -173,26 +216,31 @@ class AssignedModel:
         return [found for group in groups for found in self._effects(group, ids, stride)]
 
     def _effects(self, passes: Sequence[Pass], ids: torch.Tensor, stride: int) -> list[tuple[float, Effects]]:
-        states = self.states([one.choice for one in passes], [one.measured for one in passes], stride)
-        h, context = self.runner.embed(ids.repeat(len(passes), 1))
+        choices, measured = [one.choice for one in passes], [one.measured for one in passes]
+        states, inputs = self.states(choices, measured, stride), ids.repeat(len(passes), 1)
+        dense = self.dense(choices, len(inputs), measured, stride)
+        h, context = dense.embed(self.runner, inputs)
         experts, losses = _through(states), [one.loss for one in passes]
         if self.bank.streaming is not None:
             borders = list[torch.Tensor]()
             with torch.no_grad():
-                for index, layer in self.walk(states):
+                for index, layer in self.walk(states, dense):
                     borders.append(h.cpu())
                     h = self.runner.step(index, layer, h, context, experts)
-            totals, gradient = self._head(h, losses)
-            for index, layer in self.walk(states, reverse=True, every=True):
+            totals, gradient = self._head(h, losses, dense)
+            for index, layer in self.walk(states, dense, reverse=True, every=True):
                 leaf = borders.pop().to(self.runner.device).requires_grad_()
                 torch.autograd.backward(self.runner.step(index, layer, leaf, context, experts), gradient)
                 gradient = leaf.grad
         else:
-            last = h.requires_grad_()
-            for index, layer in self.walk(states):
+            last = first = h.requires_grad_()
+            for index, layer in self.walk(states, dense):
                 last = self.runner.step(index, layer, last, context, experts)
-            totals, gradient = self._head(last, losses)
+            totals, gradient = self._head(last, losses, dense)
             torch.autograd.backward(last, gradient)
+            gradient = first.grad
+        if gradient is not None:
+            dense.observe_embeddings(self.runner, inputs, gradient)
         shape = self.table.costs.shape
         found = [Effects(np.zeros(shape), np.zeros(shape)) for _ in passes]
         for layer, state in states.items():
@@ -201,16 +249,26 @@ class AssignedModel:
                 for number, effects in enumerate(found):
                     effects.linear[rows] = sums.linear[number].numpy() / sums.tokens
                     effects.squared[rows] = sums.squared[number].numpy() / sums.tokens
+        tokens = len(ids) * -(-ids.shape[1] // stride)
+        for state in dense.states:
+            if state.sums is not None:
+                by_sequence = state.sums.view(len(passes), len(ids), -1).numpy()
+                for effects, values in zip(found, by_sequence, strict=True):
+                    effects.linear[state.row] = values.sum(0) / tokens
+                    effects.squared[state.row] = np.square(values).sum(0) / tokens
         return list(zip(totals, found, strict=True))
 
-    def _head(self, h: torch.Tensor, losses: Sequence[HeadLoss]) -> tuple[list[float], torch.Tensor]:
+    def _head(
+        self, h: torch.Tensor, losses: Sequence[HeadLoss], dense: Dense
+    ) -> tuple[list[float], torch.Tensor]:
         """Every loss at its equal part of h, and the gradient at h; some positions at a time: all logits may not fit."""
         gradient, batch = torch.empty_like(h), len(h) // len(losses)
         totals = [0.0] * len(losses)
-        with self.runner.head() as logits:
+        with dense.head(self.runner) as logits:
             for row, positions in itertools.product(range(len(h)), self.positions(h.shape[1])):
                 leaf = h[row, positions].detach().requires_grad_()
-                value = losses[row // batch](row % batch, positions, logits(leaf))
+                made = logits(leaf, row, positions.start)
+                value = losses[row // batch](row % batch, positions, made)
                 (gradient[row, positions],) = torch.autograd.grad(value, leaf)
                 totals[row // batch] += float(value.detach())
         return totals, gradient

@@ -7,7 +7,7 @@ looked at through hooks on the whole model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from moe_rco.adapters import Adapter
+from moe_rco.adapters.base import EMBEDDING, HEAD
 from moe_rco.calib.refusals import REFUSALS, reason
 from moe_rco.calib.streaming import Streaming, give_back
 from moe_rco.calib.transfer import Mover
@@ -26,9 +27,17 @@ from moe_rco.calib.window import Window
 from moe_rco.ckpt.reader import CONFIG, Checkpoint
 from moe_rco.errors import ModelError
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-Logits = Callable[[torch.Tensor], torch.Tensor]
+Project = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Inputs [..., H] and a weight [V, H] to [..., V]."""
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+
+
+class Logits(Protocol):
+    """The head of a model."""
+
+    def __call__(self, h: torch.Tensor, project: Project = F.linear) -> torch.Tensor:
+        """Last hidden states h [..., H] to float32 logits [..., V]; `project` multiplies by the head's weight."""
+        ...
 
 
 class Experts(Protocol):
@@ -52,7 +61,8 @@ class Runner:
     """The dense part of a causal MoE model: everything except the routed experts.
 
     Weights are read from the checkpoint on construction, in `dtype`, to `device`; with `streaming` they are read when they
-    are needed, a layer or two at a time. Raises ModelError when one is missing or of another shape.
+    are needed, a layer or two at a time. Weights named in `without` are left out: others are given wherever they are used.
+    Raises ModelError when one is missing or of another shape.
     """
 
     def __init__(
@@ -63,6 +73,7 @@ class Runner:
         dtype: torch.dtype,
         streaming: Streaming | None = None,
         layers: int | None = None,
+        without: Collection[str] = (),
     ) -> None:
         self.adapter, self.device, self.dtype = adapter, device, dtype
         self.config, model = _described(checkpoint, dtype)
@@ -75,6 +86,8 @@ class Runner:
         self.moe_layers = frozenset(adapter.moe_layers(checkpoint.config))
         for layer in self.moe_layers:
             model.model.layers[layer].mlp.experts = nn.Identity()
+        for name in {*without, *([HEAD] if EMBEDDING in without and self.tied else [])}:
+            model.get_submodule(name.removesuffix(".weight")).weight = None
         model.requires_grad_(False).eval()
         self._checkpoint, self._mover = checkpoint, Mover(device)
         self._sources = {
@@ -90,7 +103,9 @@ class Runner:
         if streaming is not None:
             self._window = Window(self._layer_weights, _nbytes, streaming.window)
             return
-        self._embedding, self._head = self._read(EMBEDDING), self._read(HEAD)
+        self._embedding, self._head = (
+            self._read(name) if name in self._sources else None for name in (EMBEDDING, HEAD)
+        )
         for index, layer in enumerate(self._decoder.layers[: self.num_layers]):
             layer.load_state_dict(self._layer_weights(index), strict=True, assign=True)
 
@@ -105,7 +120,7 @@ class Runner:
                     f"should have {list(shape)}; download or copy the model again"
                 )
             return source
-        if name == HEAD and self.config.tie_word_embeddings:
+        if name == HEAD and self.tied:
             return self._source(EMBEDDING, shape)
         raise ModelError(f"{self._checkpoint.directory}: tensor '{source}' is missing")
 
@@ -117,6 +132,11 @@ class Runner:
         return {name: self._read(f"model.layers.{index}.{name}") for name in names}
 
     @property
+    def tied(self) -> bool:
+        """Whether the embeddings are the head as well."""
+        return bool(self.config.tie_word_embeddings)
+
+    @property
     def vocab_size(self) -> int:
         return int(self.config.vocab_size)
 
@@ -126,13 +146,16 @@ class Runner:
 
     def embed(self, ids: torch.Tensor) -> tuple[torch.Tensor, Context]:
         """ids [B, S] to hidden states [B, S, H] and the context of the batch."""
-        if self._embedding is not None:
-            h = F.embedding(ids, self._embedding)
-        else:
-            used, place = torch.unique(ids, return_inverse=True)
-            rows = self._checkpoint.read_rows(self._sources[EMBEDDING], used.tolist())
-            h = F.embedding(place.to(self.device), self._mover(rows).to(self.dtype))
+        h = self.rows(ids)
         return h, self.context(h)
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """The embeddings [..., H] of some ids."""
+        if self._embedding is not None:
+            return F.embedding(ids, self._embedding)
+        used, place = torch.unique(ids, return_inverse=True)
+        rows = self._checkpoint.read_rows(self._sources[EMBEDDING], used.tolist())
+        return F.embedding(place.to(self.device), self._mover(rows).to(self.dtype))
 
     def context(self, h: torch.Tensor) -> Context:
         """Positions and masks of hidden states [B, S, H]: the same for all of that shape."""
@@ -213,10 +236,13 @@ class Runner:
     @contextmanager
     def head(self) -> Iterator[Logits]:
         """Maps last hidden states [..., H] to float32 logits [..., V]."""
-        weight = self._read(HEAD) if self._head is None else self._head
+        weight = self._head
+        if weight is None and HEAD in self._sources:
+            weight = self._read(HEAD)
 
-        def logits(h: torch.Tensor) -> torch.Tensor:
-            return F.linear(self._norm(h), weight).float()
+        def logits(h: torch.Tensor, project: Project = F.linear) -> torch.Tensor:
+            # Without a weight of its own there is a projection that does not need it.
+            return project(self._norm(h), weight).float()  # pyright: ignore[reportArgumentType]
 
         yield logits
 

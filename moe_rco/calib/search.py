@@ -42,9 +42,10 @@ SEARCHES: dict[str, Method] = {method: method for method in get_args(Method)}
 
 
 def feasible(table: CostTable, budget: Budget) -> FeasibleSet:
-    """The assignments within the budget that keep the table's floor and layout. Raises BudgetError."""
-    kind = EqualLayers if table.layout == "stock" else Knapsack
-    return kind(table.costs, budget.bytes, floor=table.floor, layer=table.layer)
+    """The assignments within the budget that keep the table's options, floor and layout. Raises BudgetError."""
+    if table.layout == "stock":
+        return EqualLayers(table.costs, budget.bytes, floor=table.floor, layer=table.layer)
+    return Knapsack(table.costs, budget.bytes, floor=table.floors, layer=table.layer, allowed=table.allowed)
 
 
 def knapsack(losses: np.ndarray, table: CostTable, budget: Budget) -> Assignment:
@@ -239,7 +240,7 @@ class _Job:
             shared: dict[str, Any] = {
                 "feasible": feasible(table, budget), "evaluate": self.judge, "evaluate_every": search.evaluate_every,
                 "on_step": on_step, "state": state or None, "seed": search.seed, "samples": search.samples,
-                "steps": steps, "floor": table.floor, "layer": table.layer,
+                "steps": steps, "floor": table.floors, "layer": table.layer, "allowed": torch.from_numpy(table.allowed),
             }  # fmt: skip
             if evolution:
                 value = batch_losses(self.model, self.pools[0], self.references[0], search)

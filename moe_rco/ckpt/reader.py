@@ -87,15 +87,7 @@ class Checkpoint:
                 f"{self.directory} stores its experts fused ({fused}); load it with transformers 5 and "
                 "save it again, which writes one tensor per expert"
             )
-        for group in adapter.groups(self.config):
-            for weight in group.weights:
-                self._check_tensor(weight.name, weight.shape)
-                dtype = self.tensors[weight.name].dtype
-                if dtype not in EXPERT_DTYPES:
-                    raise ModelError(
-                        f"expert tensor {weight.name} in {self.tensors[weight.name].file} is {dtype}; "
-                        "experts must be bfloat16, float16 or float32: name the original, unquantised model"
-                    )
+        self.check_groups(adapter.groups(self.config))
         hidden = adapter.expert_shape(self.config)[0]
         for layer in adapter.moe_layers(self.config):
             self._check_tensor(adapter.router_name(layer), (adapter.num_experts(self.config), hidden))
@@ -106,14 +98,27 @@ class Checkpoint:
                     "check the number of experts and the expert layers there"
                 )
 
+    def check_groups(self, groups: Sequence[Group]) -> None:
+        """Check that the tensors of some groups are there, with right shapes and dtypes. Raises ModelError."""
+        for group in groups:
+            for weight in group.weights:
+                self._check_tensor(weight.name, weight.shape)
+                dtype = self.tensors[weight.name].dtype
+                if dtype not in EXPERT_DTYPES:
+                    raise ModelError(
+                        f"{_kind(group)}tensor {weight.name} in {self.tensors[weight.name].file} is {dtype}; "
+                        f"{'experts' if not group.is_dense else 'weights'} must be bfloat16, float16 or float32: name the "
+                        "original, unquantised model"
+                    )
+
     def check_finite(self, groups: Sequence[Group], progress: Progress | None = None) -> None:
-        """Read some experts, one tensor at a time. Raises ModelError naming the first that is not finite."""
+        """Read some groups, one tensor at a time. Raises ModelError naming the first that is not finite."""
         with (progress or Silent()).stage("check expert weights", len(groups)) as advance:
             for group in groups:
                 for weight in group.weights:
                     if not bool(torch.isfinite(self.read(weight.name)).all()):
                         raise ModelError(
-                            f"expert tensor {weight.name} in {self.tensors[weight.name].file} has NaN or "
+                            f"{_kind(group)}tensor {weight.name} in {self.tensors[weight.name].file} has NaN or "
                             f"infinite values; {AGAIN}, or retrain the model"
                         )
                 advance(1)
@@ -226,3 +231,7 @@ class Checkpoint:
             return read_header(path)
         except (HeaderError, OSError) as error:
             raise ModelError(f"{path}: {error}; {AGAIN}") from error
+
+
+def _kind(group: Group) -> str:
+    return "" if group.is_dense else "expert "

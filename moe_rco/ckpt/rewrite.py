@@ -6,24 +6,24 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from moe_rco.adapters import Adapter, get_adapter
+from moe_rco.adapters import get_adapter
 from moe_rco.ckpt.destination import check_destination, replacing
 from moe_rco.ckpt.header import HeaderError, TensorInfo, read_header
 from moe_rco.ckpt.reader import CONFIG, Checkpoint
 from moe_rco.ckpt.shards import ShardManifest, ShardWriter
 from moe_rco.ckpt.stock import renumbering, rows, stock_config
-from moe_rco.ckpt.store import Store
+from moe_rco.ckpt.store import Place, Store, place_of
 from moe_rco.ckpt.writer import Entry, from_file, write_text
 from moe_rco.errors import OutputError, PlanError, StoreError
 from moe_rco.plan import FILE_NAME, Plan
 from moe_rco.quant.packing import layout
-from moe_rco.types import Assignment, Option, Progress, Silent, Weight
+from moe_rco.types import Assignment, Group, Option, Progress, Silent, Weight
 
 RECIPE = "recipe.yaml"
 SHARD_BYTES = 5 * 10**9
@@ -32,7 +32,9 @@ COPY_BYTES = 1 << 22
 
 @dataclass(frozen=True)
 class RewriteResult:
-    """What was written, in bytes of tensors. `expert_bytes` is the plan's cost, `total_bytes` both together."""
+    """What was written, in bytes of tensors. `expert_bytes` is the plan's cost (that of experts, and of what else the budget
+    covers), `total_bytes` both together.
+    """
 
     directory: Path
     expert_bytes: int
@@ -104,6 +106,8 @@ def _inputs(assignment: Assignment, plan: Plan, store: Store, entries: list[Entr
     for layer in assignment.table.layers:
         for option in dict.fromkeys(assignment.layer_options(layer)):
             digest.update(f"{layer} {option} {store.digest(layer, option)}\n".encode())
+    for group, option, _ in assignment.dense():
+        digest.update(f"{group.name} {option} {store.digest(group.name, option)}\n".encode())
     tensors = [(entry.name, entry.dtype, entry.shape) for entry in entries]
     digest.update(json.dumps([shard_bytes, tensors]).encode())
     return f"{store.fingerprint} {plan.recipe} {digest.hexdigest()}"
@@ -124,29 +128,29 @@ def _resumed(manifest: Path, directory: Path, inputs: str) -> ShardManifest:
     return found
 
 
-def output_bytes(checkpoint: Checkpoint, adapter: Adapter, expert_bytes: int) -> int:
-    """Bytes of an output whose experts take `expert_bytes`: what to ask the disk for before any work."""
-    others = sum(tensor.nbytes for tensor in other_tensors(checkpoint, adapter))
-    return expert_bytes + others + sum(path.stat().st_size for path in checkpoint.companions())
+def output_bytes(checkpoint: Checkpoint, groups: Sequence[Group], chosen_bytes: int) -> int:
+    """Bytes of an output whose `groups` take `chosen_bytes`: what to ask the disk for before any work."""
+    others = sum(tensor.nbytes for tensor in other_tensors(checkpoint, groups))
+    return chosen_bytes + others + sum(path.stat().st_size for path in checkpoint.companions())
 
 
-def other_tensors(checkpoint: Checkpoint, adapter: Adapter) -> list[TensorInfo]:
-    """All that are not of routed experts."""
-    experts = {weight.name for group in adapter.groups(checkpoint.config) for weight in group.weights}
-    return [tensor for name, tensor in checkpoint.tensors.items() if name not in experts]
+def other_tensors(checkpoint: Checkpoint, groups: Sequence[Group]) -> list[TensorInfo]:
+    """All that are not of some groups."""
+    names = {weight.name for group in groups for weight in group.weights}
+    return [tensor for name, tensor in checkpoint.tensors.items() if name not in names]
 
 
 def _entries(checkpoint: Checkpoint, assignment: Assignment, store: Store) -> tuple[list[Entry], set[str]]:
-    """Everything to write in the order of the source, and the names of the expert tensors among it."""
-    options: dict[str, tuple[int, Option, Weight]] = {
-        weight.name: (group.layer, assignment.option(row), weight)
+    """Everything to write in the order of the source, and the names of the tensors among it that the budget covers."""
+    options: dict[str, tuple[Place, Option, Weight]] = {
+        weight.name: (place_of(group), assignment.option(row), weight)
         for row, group in enumerate(assignment.table.groups)
         for weight in group.weights
     }
     if missing := options.keys() - checkpoint.tensors.keys():
         raise PlanError(f"the plan is of another model: {checkpoint.directory} has no tensor {min(missing)}")
     renumbered = renumbering(assignment, get_adapter(checkpoint.config), checkpoint.config)
-    stored: dict[tuple[int, Option], dict[str, TensorInfo]] = {}
+    stored: dict[tuple[Place, Option], dict[str, TensorInfo]] = {}
     entries: list[Entry] = []
     experts: set[str] = set()
     for tensor in checkpoint.tensors.values():
@@ -154,22 +158,24 @@ def _entries(checkpoint: Checkpoint, assignment: Assignment, store: Store) -> tu
             kept = renumbered.routers.get(tensor.name)
             entries.append(from_file(tensor) if kept is None else rows(tensor, kept))
             continue
-        layer, option, weight = options[tensor.name]
-        if option.is_quantized and (layer, option) not in stored:
-            stored[layer, option] = store.tensors(layer, option)
-        source = stored.get((layer, option), {})
-        expert, _, projection = weight.name.removesuffix(".weight").rpartition(".")
-        written = f"{renumbered.experts.get(expert, expert)}.{projection}"
-        for entry in _expert(tensor, weight, option, source, written):
+        place, option, weight = options[tensor.name]
+        if option.is_quantized and (place, option) not in stored:
+            stored[place, option] = store.tensors(place, option)
+        source = stored.get((place, option), {})
+        written = weight.name.removesuffix(".weight")
+        expert, _, projection = written.rpartition(".")
+        if expert in renumbered.experts:
+            written = f"{renumbered.experts[expert]}.{projection}"
+        for entry in _written(tensor, weight, option, source, written):
             entries.append(entry)
             experts.add(entry.name)
     return entries, experts
 
 
-def _expert(
+def _written(
     tensor: TensorInfo, weight: Weight, option: Option, stored: dict[str, TensorInfo], written: str
 ) -> Iterator[Entry]:
-    """The tensors one expert weight is written as, under the name `written`: none if it is pruned."""
+    """The tensors one weight is written as, under the name `written`: none if it is pruned."""
     for suffix, (shape, dtype) in layout(weight.shape, option, torch.bfloat16).items():
         name = f"{weight.name.removesuffix('.weight')}.{suffix}"
         if not option.is_quantized:
@@ -185,7 +191,7 @@ def _expert(
 def _check_bytes(expert_bytes: int, plan: Plan) -> None:
     if expert_bytes != plan.cost or expert_bytes > plan.budget:
         raise PlanError(
-            f"the experts take {expert_bytes} bytes as written, "
+            f"what the budget covers takes {expert_bytes} bytes as written, "
             f"the plan says {plan.cost} of a budget of {plan.budget}"
         )
 

@@ -1,6 +1,4 @@
-"""The quantised experts of a model, made once: one safetensors file per (layer, option), so that a run can
-resume.
-"""
+"""The quantised groups of a model, made once: one safetensors file per place and option, so that a run can resume."""
 
 from __future__ import annotations
 
@@ -26,14 +24,16 @@ from moe_rco.ckpt.writer import (
     write_text,
 )
 from moe_rco.errors import StoreError
-from moe_rco.types import Option
+from moe_rco.types import Group, Option
 
 INDEX = "index.json"
 VERSION = 1
+Place = int | str
+"""Whose tensors a file holds: those of all experts of a layer, by its number, or of a dense group, by its name."""
 
 
 class Store:
-    """Tensors by (layer, option), named as they will be in the output checkpoint.
+    """Tensors by (place, option), named as they will be in the output checkpoint.
 
     `fingerprint` digests everything the tensors depend on: weights, calibration data, quantiser settings.
     Opening a store made with another one raises StoreError. A file counts only once `index.json` lists it
@@ -72,21 +72,21 @@ class Store:
         _merge(self._index["stats"].setdefault(str(layer), {}), values)
         self._save_or_raise()
 
-    def has(self, layer: int, option: Option) -> bool:
-        """Whether this layer's experts are stored at this option. Reads no data."""
-        name = _file_name(layer, option)
+    def has(self, place: Place, option: Option) -> bool:
+        """Whether what is in this place is stored at this option. Reads no data."""
+        name = _file_name(place, option)
         return name in self._index["files"] and (self.directory / name).is_file()
 
-    def digest(self, layer: int, option: Option) -> str:
-        """The SHA-256 of what is stored for this layer and option; empty where nothing is."""
-        return self._index["files"].get(_file_name(layer, option), "")
+    def digest(self, place: Place, option: Option) -> str:
+        """The SHA-256 of what is stored for this place and option; empty where nothing is."""
+        return self._index["files"].get(_file_name(place, option), "")
 
-    def write(self, layer: int, option: Option, tensors: Mapping[str, Tensor]) -> None:
-        """Store one layer's experts at one option. Raises StoreError if they cannot be written."""
-        self._write(layer, option, [from_tensor(key, tensor) for key, tensor in tensors.items()])
+    def write(self, place: Place, option: Option, tensors: Mapping[str, Tensor]) -> None:
+        """Store what is in one place at one option. Raises StoreError if they cannot be written."""
+        self._write(place, option, [from_tensor(key, tensor) for key, tensor in tensors.items()])
 
-    def _write(self, layer: int, option: Option, entries: list[Entry]) -> None:
-        name = _file_name(layer, option)
+    def _write(self, place: Place, option: Option, entries: list[Entry]) -> None:
+        name = _file_name(place, option)
         partial = self.directory / (name + ".tmp")
         try:
             digest = write_file(partial, sorted(entries, key=lambda entry: entry.name))
@@ -100,9 +100,9 @@ class Store:
         self._index["files"][name] = digest
         self._save_or_raise()
 
-    def write_part(self, layer: int, option: Option, number: int, tensors: Mapping[str, Tensor]) -> None:
-        """Leave some of a layer's experts for `join`, under a number of their own. Raises StoreError."""
-        partial = self.directory / f"{_file_name(layer, option)}.{number}.tmp"
+    def write_part(self, place: Place, option: Option, number: int, tensors: Mapping[str, Tensor]) -> None:
+        """Leave some of what is in a place for `join`, under a number of their own. Raises StoreError."""
+        partial = self.directory / f"{_file_name(place, option)}.{number}.tmp"
         try:
             entries = [from_tensor(key, tensor) for key, tensor in tensors.items()]
             write_file(partial, entries, flush=False)
@@ -111,44 +111,44 @@ class Store:
                 partial.unlink(missing_ok=True)
             raise StoreError(f"cannot write {partial}: {error}") from error
 
-    def join(self, layer: int, option: Option) -> None:
-        """Store one layer's experts at one option from all parts there are, without holding them. Raises StoreError."""
-        found = list(self.directory.glob(f"{_file_name(layer, option)}.*.tmp"))
+    def join(self, place: Place, option: Option) -> None:
+        """Store what is in one place at one option from all parts there are, without holding them. Raises StoreError."""
+        found = list(self.directory.glob(f"{_file_name(place, option)}.*.tmp"))
         try:
             self._write(
-                layer, option, [from_file(tensor) for path in found for tensor in read_header(path).values()]
+                place, option, [from_file(tensor) for path in found for tensor in read_header(path).values()]
             )
             for path in found:
                 path.unlink()
         except (HeaderError, OSError) as error:
-            raise StoreError(f"cannot join the parts of layer {layer} at {option}: {error}") from error
+            raise StoreError(f"cannot join the parts of {_said(place)} at {option}: {error}") from error
 
     def refresh(self) -> None:
         """Take in what another process has written meanwhile. Raises StoreError."""
         self._index = self._open()
 
-    def read(self, layer: int, option: Option) -> dict[str, Tensor]:
+    def read(self, place: Place, option: Option) -> dict[str, Tensor]:
         """The tensors written, memory mapped. The file's SHA-256 is checked once. Raises StoreError."""
-        path = self._checked_path(layer, option)
+        path = self._checked_path(place, option)
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
-    def tensors(self, layer: int, option: Option) -> dict[str, TensorInfo]:
+    def tensors(self, place: Place, option: Option) -> dict[str, TensorInfo]:
         """Where the tensors written lie in their file, to be copied as bytes. Checked as by `read`. Raises
         StoreError.
         """
-        path = self._checked_path(layer, option)
+        path = self._checked_path(place, option)
         try:
             return read_header(path)
         except HeaderError as error:
             raise StoreError(f"{path}: {error}; delete it and run again") from error
 
-    def _checked_path(self, layer: int, option: Option) -> Path:
-        name = _file_name(layer, option)
+    def _checked_path(self, place: Place, option: Option) -> Path:
+        name = _file_name(place, option)
         path = self.directory / name
-        if not self.has(layer, option):
+        if not self.has(place, option):
             raise StoreError(
-                f"the store {self.directory} has no layer {layer} at {option}; run again to quantise it"
+                f"the store {self.directory} has no {_said(place)} at {option}; run again to quantise it"
             )
         if name not in self._checked:
             if sha256_of(path) != self._index["files"][name]:
@@ -195,8 +195,18 @@ class Store:
         sync_directory(self.directory)
 
 
-def _file_name(layer: int, option: Option) -> str:
-    return f"layer-{layer}.{option.name}.safetensors"
+def place_of(group: Group) -> Place:
+    """Where a group is stored."""
+    return group.name if group.is_dense else group.layer
+
+
+def _said(place: Place) -> str:
+    return f"layer {place}" if isinstance(place, int) else place
+
+
+def _file_name(place: Place, option: Option) -> str:
+    name = f"layer-{place}" if isinstance(place, int) else place.replace(".", "-")
+    return f"{name}.{option.name}.safetensors"
 
 
 def _merge(old: dict[str, Any], new: Mapping[str, Any]) -> None:
@@ -208,7 +218,7 @@ def _merge(old: dict[str, Any], new: Mapping[str, Any]) -> None:
 
 
 def listed(directory: Path) -> tuple[str, list[str]]:
-    """The fingerprint of a store and the option of every (layer, option) in it; empty where there is no sound store."""
+    """The fingerprint of a store and the option of every file in it; empty where there is no sound store."""
     try:
         index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
         return str(index["fingerprint"]), [name.split(".")[1] for name in index["files"]]

@@ -26,7 +26,10 @@ def show_preflight(preflight: Preflight, console: Console | None = None) -> None
     for option in p.options:
         table.add_row("option", f"{option.name}: {format_size(option.bytes_per_expert)} per expert")
     table.add_row("model now", bytes_(p.experts_before + p.other_bytes))
-    table.add_row("experts now", bytes_(p.experts_before))
+    covered = ", ".join(kind.replace("_", " ") for kind in p.groups)
+    if covered != "experts":
+        table.add_row("groups", covered)
+    table.add_row("experts now" if covered == "experts" else "groups now", bytes_(p.experts_before))
     for budget in p.budgets:
         of_now = share(budget.bytes, p.experts_before)
         table.add_row("budget", f"{bytes_(budget.bytes)}, {of_now} of now ({budget.text})")

@@ -8,6 +8,7 @@ from moe_rco.console.map import show_map
 from moe_rco.console.parts import stdout, table_of
 from moe_rco.heatmap import legend
 from moe_rco.inspection import Inspection
+from moe_rco.report import by_layer
 from moe_rco.units import format_size
 
 
@@ -34,9 +35,15 @@ def show_inspect(found: Inspection, console: Console | None = None) -> None:
     bits = 8 * found.expert_bytes / found.expert_numel
     console.print(
         f"routed experts {format_size(found.expert_bytes)} ({bits:.2f} bits per original weight), "
-        f"everything else {format_size(found.other_bytes)}",
+        + (f"other groups {format_size(found.dense_bytes)}, " if found.dense else "")
+        + f"everything else {format_size(found.other_bytes)}",
         soft_wrap=True,
     )
+    if found.dense:
+        others = table_of("layer>", "other groups", "bytes>")
+        for layer, options, size in by_layer(found.dense):
+            others.add_row(layer, options, f"{size:,}")
+        console.print(others)
     if found.layout == "stock":
         console.print(
             f"Layout stock: experts are shown by their original ids; the {found.layers[0].kept} kept of each layer "

@@ -36,7 +36,7 @@ def show_summary(report: Report, console: Console | None = None) -> None:
     table.add_row("slack", format_size(sizes.slack), f"{sizes.slack:,}", f"{sizes.slack_ratio:.3%} of budget")
     table.add_row("everything else", format_size(sizes.other), f"{sizes.other:,}")
     table.add_row("whole model", format_size(sizes.total), f"{sizes.total:,}")
-    show(console, "Routed experts on disk", table)
+    show(console, f"{report.covers.capitalize()} on disk", table)
 
     show(console, "Held-out text (nats per token; KL to the original)", _domains(report))
     show(console, "Candidates (KL on calibration text kept out of the search)", _candidates(report))
@@ -47,6 +47,8 @@ def show_summary(report: Report, console: Console | None = None) -> None:
         console.print(line, soft_wrap=True)
     console.print()
     show_map([(layer.layer, layer.options) for layer in report.layers], console)
+    if report.dense:
+        show(console, "Options of all else that was chosen for", _dense(report))
     if report.stock is not None:
         _show_stock(report.stock, console)
 
@@ -91,6 +93,15 @@ def _coverage(report: Report) -> Iterator[str]:
             f"{few} experts saw fewer than {TOKENS_PER_INPUT} tokens for each input of a matrix{named}: to quantise them, "
             "their statistics were mixed with those of their layer."
         )
+
+
+def _dense(report: Report) -> Table:
+    table = table_of("", "groups by option", "bytes>")
+    for kind, counts in report.dense_counts.items():
+        size = sum(group.bytes for group in report.dense if group.kind == kind)
+        options = ", ".join(f"{option} ({count})" for option, count in counts.items())
+        table.add_row(kind.replace("_", " "), options, f"{size:,}")
+    return table
 
 
 def _domains(report: Report) -> Table:

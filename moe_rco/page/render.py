@@ -18,7 +18,7 @@ from moe_rco.curve import Curve
 from moe_rco.heatmap import VIRIDIS, bits, ink, legend, step_of
 from moe_rco.page import figures
 from moe_rco.quant.hessian import TOKENS_PER_INPUT
-from moe_rco.report import Report
+from moe_rco.report import Report, by_layer
 from moe_rco.units import format_duration, format_size
 
 
@@ -66,6 +66,7 @@ def page(report: Report, recipe: str = "") -> str:
             candidates=figures.candidates(report),
             history=[Markup(figure(panel)) for panel in figures.history(report)],
             coverage=figures.coverage(report),
+            dense=list(by_layer(report.dense)),
             **_options(report),
         )
     )

@@ -61,11 +61,15 @@ def cost_table(
 ) -> CostTable:
     """Bytes of every option of every group, with the floor and size of the model they belong to.
 
-    Raises RecipeError where an option's group size does not divide a weight's input dimension.
+    Raises RecipeError where an option's group size does not divide an expert weight's input dimension. Dense groups do not
+    have such an option; their costs of options they do not have are 0.
     """
     cache: dict[tuple[tuple[int, int], Option], int] = {}
 
-    def cost(weight: Weight, option: Option) -> int:
+    def cost(group: Group, option: Option) -> int:
+        return sum(part(weight, option) for weight in group.weights) if group.admits(option) else 0
+
+    def part(weight: Weight, option: Option) -> int:
         key = (weight.shape, option)
         if key not in cache:
             _check(weight, option)
@@ -73,7 +77,7 @@ def cost_table(
         return cache[key]
 
     costs = np.array(
-        [[sum(cost(weight, option) for weight in group.weights) for option in options] for group in groups],
+        [[cost(group, option) for option in options] for group in groups],
         dtype=np.int64,
     ).reshape(len(groups), len(options))
     return CostTable(tuple(groups), tuple(options), costs, original_bytes, floor)
@@ -111,20 +115,24 @@ def pack(codes: Tensor, scale: Tensor, zero: Tensor | None, option: Option) -> d
     return tensors
 
 
-def unpack(tensors: Mapping[str, Tensor], option: Option) -> Quantized:
-    """The inverse of `pack`: codes int8 [..., R, C], scale and zero point."""
-    rows, columns = (int(size) for size in tensors[SHAPE].reshape(-1, 2)[0])
-    codes = _unpack(tensors[PACKED], option.bits, columns)
+def unpack(tensors: Mapping[str, Tensor], option: Option, rows: slice | Tensor = slice(None)) -> Quantized:
+    """The inverse of `pack`: codes int8 [..., R, C], scale and zero point; of some rows only where these are given."""
+    count, columns = (int(size) for size in tensors[SHAPE].reshape(-1, 2)[0])
+    codes = _unpack(tensors[PACKED][..., rows, :], option.bits, columns)
     zero = None
     if not option.symmetric:
-        zero = (
-            _unpack(tensors[ZERO_POINT].transpose(-1, -2), option.bits, rows).transpose(-1, -2).contiguous()
-        )
-    return Quantized(codes, tensors[SCALE], zero)
+        zero = _unpack(tensors[ZERO_POINT].transpose(-1, -2), option.bits, count).transpose(-1, -2)
+        zero = zero[..., rows, :].contiguous()
+    return Quantized(codes, tensors[SCALE][..., rows, :], zero)
 
 
-def dequantize(tensors: Mapping[str, Tensor], option: Option, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weights [..., R, C] that written tensors stand for.
+def dequantize(
+    tensors: Mapping[str, Tensor],
+    option: Option,
+    dtype: torch.dtype = torch.float32,
+    rows: slice | Tensor = slice(None),
+) -> Tensor:
+    """The weights [..., R, C] that written tensors stand for, or some rows of them.
 
     A weight that is not quantised is only converted. Raises ValueError for prune, which is written as nothing
     and so has no shape.
@@ -132,8 +140,8 @@ def dequantize(tensors: Mapping[str, Tensor], option: Option, dtype: torch.dtype
     if option.is_prune:
         raise ValueError("a pruned weight has no tensors to dequantize")
     if not option.is_quantized:
-        return tensors[WEIGHT].to(dtype)
-    return unpack(tensors, option).dequantize(dtype)
+        return tensors[WEIGHT][..., rows, :].to(dtype)
+    return unpack(tensors, option, rows).dequantize(dtype)
 
 
 def _pack(values: Tensor, bits: int) -> Tensor:

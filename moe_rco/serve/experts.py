@@ -17,22 +17,28 @@ from moe_rco.types import Group, Option
 class PackedLinear(nn.Module):
     """A matrix kept as its packed tensors (buffers named as on disk) and dequantised whenever it is used.
 
-    `shape` is (output, input). The buffers are created on the meta device, to be filled by a loader.
+    `shape` is (output, input). The buffers are created on the meta device, to be filled by a loader. `bias` is a parameter
+    as it is in the module whose place this takes, if there is one.
     """
 
-    def __init__(self, shape: tuple[int, int], option: Option) -> None:
+    bias: nn.Parameter | None
+
+    def __init__(self, shape: tuple[int, int], option: Option, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.shape, self.option = shape, option
+        self.register_parameter("bias", bias)
         for suffix, (size, dtype) in layout(shape, option).items():
             self.register_buffer(suffix, torch.empty(size, dtype=dtype, device="meta"))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., input] -> [..., output], in x's dtype."""
         tensors: dict[str, Any] = dict(self._buffers)
-        return F.linear(x, dequantize(tensors, self.option, x.dtype))
+        return F.linear(x, dequantize(tensors, self.option, x.dtype), self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         # `model.half()` or `.to(dtype)` is about the dtype computed in. The packed tensors only move.
+        if self.bias is not None:
+            self.bias.data = fn(self.bias.data)
         for name, buffer in self._buffers.items():
             if buffer is not None:
                 moved = fn(buffer)
@@ -41,6 +47,38 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.shape[1]}, {self.shape[0]}, {self.option}"
+
+
+class PackedEmbedding(PackedLinear):
+    """Rows of a matrix kept as its packed tensors, dequantised in `dtype` when they are looked up."""
+
+    def __init__(self, shape: tuple[int, int], option: Option, dtype: torch.dtype) -> None:
+        super().__init__(shape, option)
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """ids x [...] -> [..., H]"""
+        tensors: dict[str, Any] = dict(self._buffers)
+        rows = dequantize(tensors, self.option, self.dtype, rows=x.flatten())
+        return rows.view(*x.shape, self.shape[1])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedEmbedding:
+        super()._apply(fn, recurse)
+        device = next(buffer.device for buffer in self._buffers.values() if buffer is not None)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
+        return self
+
+
+class TiedHead(nn.Module):
+    """A head that multiplies by the packed embeddings."""
+
+    def __init__(self, embedding: PackedEmbedding) -> None:
+        super().__init__()
+        self._embedding = [embedding]  # in a list, so that it is nobody's child twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., H] -> [..., V], in x's dtype."""
+        return PackedLinear.forward(self._embedding[0], x)
 
 
 class Expert(nn.Module):

@@ -15,11 +15,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moe_rco.adapters import get_adapter
+from moe_rco.adapters.base import HEAD
 from moe_rco.ckpt.header import HeaderError, TensorInfo, read_header
 from moe_rco.errors import ModelError
 from moe_rco.plan import METHOD
-from moe_rco.serve.config import check_tensors, expected_tensors, layer_options
-from moe_rco.serve.experts import PrunedRouting, RoutedExperts
+from moe_rco.serve.config import check_tensors, dense_options, expected_tensors, layer_options
+from moe_rco.serve.experts import PackedEmbedding, PackedLinear, PrunedRouting, RoutedExperts, TiedHead
+from moe_rco.types import Group, Option
 
 
 class MoeRcoConfig(QuantizationConfigMixin):
@@ -41,7 +43,8 @@ class MoeRcoQuantizer(HfQuantizer):
         config = model.config.to_dict()
         adapter = get_adapter(config)
         layers = layer_options(self.quantization_config.to_dict(), adapter, config)
-        expected = expected_tensors(layers, adapter, config)
+        dense = dense_options(self.quantization_config.to_dict(), adapter, config)
+        expected = expected_tensors(layers, adapter, config, dense)
         if checkpoint_files is not None:
             check_tensors(expected, _headers(checkpoint_files))
         for layer, options in layers.items():
@@ -51,6 +54,9 @@ class MoeRcoQuantizer(HfQuantizer):
             if any(option.is_prune for option in options):
                 routing = PrunedRouting(options, adapter.top_k(config), adapter.renormalise(config))
                 block.gate.register_forward_hook(routing)
+        for group, option in dense.items():
+            if option.is_quantized:
+                _replace(model, group, option, adapter.tied(config))
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
@@ -60,7 +66,7 @@ class MoeRcoQuantizer(HfQuantizer):
             if parameter.dtype != self._dtypes[name]:
                 parameter.data = parameter.data.to(self._dtypes[name])
         for name, module in model.named_modules():
-            if isinstance(module, RoutedExperts):
+            if isinstance(module, RoutedExperts | PackedLinear):
                 _check_filled(name, module)
 
     def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
@@ -80,6 +86,21 @@ class MoeRcoQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _replace(model: Any, group: Group, option: Option, tied: bool) -> None:
+    """Put modules with packed weights in the place of a dense group's."""
+    for weight in group.weights:
+        path = weight.name.removesuffix(".weight")
+        old = model.get_submodule(path)
+        if group.kind != "embeddings":
+            model.set_submodule(path, PackedLinear(weight.shape, option, old.bias))
+            continue
+        packed = PackedEmbedding(weight.shape, option, old.weight.dtype)
+        model.set_submodule(path, packed)
+        if tied:
+            model.lm_head = TiedHead(packed)
+            model.all_tied_weights_keys.pop(HEAD, None)  # there is no parameter left to be tied
 
 
 def _headers(files: Sequence[str]) -> dict[str, TensorInfo]:

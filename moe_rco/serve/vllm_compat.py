@@ -35,6 +35,11 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig  # noqa: 
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase  # noqa: E402
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts  # noqa: E402
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod  # noqa: E402
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase  # noqa: E402
+from vllm.model_executor.layers.vocab_parallel_embedding import (  # noqa: E402
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 from vllm.platforms import current_platform  # noqa: E402
 from vllm.utils.torch_utils import direct_register_custom_op  # noqa: E402
 
@@ -43,9 +48,12 @@ __all__ = [
     "FusedMoEMethodBase",
     "LinearBase",
     "MoEActivation",
+    "ParallelLMHead",
+    "QuantizeMethodBase",
     "RoutedExperts",
     "UnquantizedLinearMethod",
     "VllmConfig",
+    "VocabParallelEmbedding",
     "check_version",
     "current_platform",
     "direct_register_custom_op",

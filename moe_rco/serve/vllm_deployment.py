@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from moe_rco.errors import ModelError, UserError
 from moe_rco.serve.config import LayerOptions
@@ -13,10 +13,13 @@ from moe_rco.types import Group, Option
 MARLIN_GROUPS = (None, 32, 64, 128)
 
 
-def check_deployment(layers: LayerOptions, groups: Callable[[int], Sequence[Group]]) -> None:
+def check_deployment(
+    layers: LayerOptions, groups: Callable[[int], Sequence[Group]], dense: Mapping[Group, Option]
+) -> None:
     """Check the platform and the parallelism that vLLM was configured with.
 
-    groups: the experts of a layer. Raises UserError (a feature we lack), ModelError (the model's sizes).
+    groups: the experts of a layer. dense: what became of other groups. Raises UserError (a feature we lack), ModelError (the
+    model's sizes).
     """
     config = get_current_vllm_config()
     parallel = config.parallel_config
@@ -26,6 +29,12 @@ def check_deployment(layers: LayerOptions, groups: Callable[[int], Sequence[Grou
         raise UserError("moe_rco models cannot be served with --enable-lora: vLLM would wrap the experts")
     if not (current_platform.is_cpu() or current_platform.is_cuda()):
         raise UserError(f"moe_rco models run on CUDA and on CPUs, not on {current_platform.device_name}")
+    for group, option in dense.items():
+        for weight in group.weights:
+            if weight.name.endswith((".o_proj.weight", ".down_proj.weight")):
+                check_split(weight, option, parallel.tensor_parallel_size)
+        if current_platform.is_cuda() and group.kind != "embeddings":
+            _check_cuda(group, option)
     parts = parallel.tensor_parallel_size * parallel.data_parallel_size
     parts *= getattr(parallel, "prefill_context_parallel_size", 1)
     for layer, options in layers.items():

@@ -15,7 +15,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from moe_rco.adapters import Adapter, get_adapter
 from moe_rco.errors import ModelError
 from moe_rco.plan import METHOD
-from moe_rco.serve.config import check_tensors, expected_tensors, layer_options
+from moe_rco.serve.config import check_tensors, dense_options, expected_tensors, layer_options
 from moe_rco.types import Group
 
 
@@ -67,7 +67,8 @@ class MoeRcoConfig(QuantizationConfig):
         self.adapter: Adapter = get_adapter(config)
         self.model_config = config
         self.layers = layer_options(self.entries, self.adapter, config)
-        expected = expected_tensors(self.layers, self.adapter, config)
+        self.dense = dense_options(self.entries, self.adapter, config)
+        expected = expected_tensors(self.layers, self.adapter, config, self.dense)
         if Path(model_name).is_dir():
             from moe_rco.ckpt.manifest import check_quickly
             from moe_rco.ckpt.reader import Checkpoint
@@ -76,15 +77,27 @@ class MoeRcoConfig(QuantizationConfig):
             check_tensors(expected, Checkpoint(model_name, allow_quantized=True).tensors)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        from moe_rco.serve.vllm_compat import LinearBase, RoutedExperts, UnquantizedLinearMethod
+        from moe_rco.serve.vllm_compat import (
+            LinearBase,
+            RoutedExperts,
+            UnquantizedLinearMethod,
+            VocabParallelEmbedding,
+        )
 
         if not self._deployment_checked:
             from moe_rco.serve.vllm_deployment import check_deployment
 
-            check_deployment(self.layers, self._groups)
+            check_deployment(self.layers, self._groups, self.dense)
             self._deployment_checked = True
         if isinstance(layer, LinearBase):
-            return UnquantizedLinearMethod()
+            return self._dense_method(prefix) or UnquantizedLinearMethod()
+        if isinstance(layer, VocabParallelEmbedding):
+            from moe_rco.serve.vllm_compat import ParallelLMHead
+
+            # Not every model of vLLM says what its embeddings are called.
+            return self._dense_method(
+                "lm_head" if isinstance(layer, ParallelLMHead) else "model.embed_tokens"
+            )
         if isinstance(layer, RoutedExperts):
             from moe_rco.serve.vllm_method import MoeRcoMethod
 
@@ -99,6 +112,17 @@ class MoeRcoConfig(QuantizationConfig):
                 )
             self._waiting += 1
             return MoeRcoMethod(layer.moe_config, self._groups(index), options, self._layer_loaded)
+        return None
+
+    def _dense_method(self, prefix: str) -> QuantizeMethodBase | None:
+        """The method of a layer with weights of a quantised dense group; None for any other."""
+        tied = prefix == "lm_head" and self.adapter.tied(self.model_config)
+        name = "model.embed_tokens" if tied else prefix
+        for group, option in self.dense.items():
+            if option.is_quantized and name in layers_of(group):
+                from moe_rco.serve.vllm_dense import DenseMethod, matrices_of
+
+                return DenseMethod(group, option, matrices_of(prefix), tied)
         return None
 
     def _groups(self, layer: int) -> list[Group]:
@@ -118,3 +142,10 @@ class MoeRcoConfig(QuantizationConfig):
                 self._held,
                 self._on_disk,
             )
+
+
+def layers_of(group: Group) -> tuple[str, ...]:
+    """The names of the layers of vLLM that have a dense group's weights."""
+    if group.kind == "shared_experts":
+        return f"{group.name}.gate_up_proj", f"{group.name}.down_proj"
+    return (group.name,)

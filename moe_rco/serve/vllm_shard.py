@@ -1,6 +1,6 @@
-"""One process's share of an expert's tensors under tensor parallelism, cut from the tensors on disk.
+"""One process's share of a weight's tensors under tensor parallelism, cut from the tensors on disk.
 
-Gate and up give each process a range of their rows, down a range of its columns.
+An expert's gate and up give each process a range of their rows, down a range of its columns.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from moe_rco.types import Option, Weight
 
 
 def check_split(weight: Weight, option: Option, parts: int) -> None:
-    """Raise ModelError if `parts` processes cannot share the input dimension of a down projection."""
-    columns = weight.shape[1]
-    if columns % parts:
+    """Raise ModelError if `parts` processes cannot share the input dimension of a weight."""
+    inputs = weight.shape[1]
+    instead = " or --enable-expert-parallel" if ".experts." in weight.name else ""
+    if inputs % parts:
         raise ModelError(
-            f"{weight.name} has {columns} inputs, which {parts} processes cannot share evenly; "
-            "use another --tensor-parallel-size or --enable-expert-parallel"
+            f"{weight.name} has {inputs} inputs, which {parts} processes cannot share evenly; "
+            f"use another --tensor-parallel-size{instead}"
         )
-    if option.group_size is not None and columns // parts % option.group_size:
+    if option.group_size is not None and inputs // parts % option.group_size:
         raise ModelError(
-            f"{weight.name} is {option}: {parts} processes would get {columns // parts} inputs each, not a "
-            f"multiple of {option.group_size}; use a smaller --tensor-parallel-size or --enable-expert-parallel"
+            f"{weight.name} is {option}: {parts} processes would get {inputs // parts} inputs each, not a "
+            f"multiple of {option.group_size}; use a smaller --tensor-parallel-size{instead}"
         )
 
 
@@ -40,17 +41,24 @@ def shard(
     if parts == 1:
         return tensor
     size = shape[1 if down else 0] // parts
-    begin, end = rank * size, (rank + 1) * size
-    if down:
-        if suffix == WEIGHT:
-            return tensor[:, begin:end]
-        if suffix == PACKED:
-            return slice_packed(tensor, option.bits, begin, end)
-        group = option.group_size
-        return tensor if group is None else tensor[:, begin // group : end // group]
+    return (columns if down else rows)(tensor, suffix, option, rank * size, (rank + 1) * size)
+
+
+def rows(tensor: Tensor, suffix: str, option: Option, begin: int, end: int) -> Tensor:
+    """What belongs to some rows of a weight, of one of its tensors as written."""
     if suffix == ZERO_POINT:
         return slice_packed(tensor.T, option.bits, begin, end).T
     return tensor[begin:end]
+
+
+def columns(tensor: Tensor, suffix: str, option: Option, begin: int, end: int) -> Tensor:
+    """What belongs to some columns of a weight, of one of its tensors as written."""
+    if suffix == WEIGHT:
+        return tensor[:, begin:end]
+    if suffix == PACKED:
+        return slice_packed(tensor, option.bits, begin, end)
+    group = option.group_size
+    return tensor if group is None else tensor[:, begin // group : end // group]
 
 
 def slice_packed(packed: Tensor, bits: int, begin: int, end: int) -> Tensor:

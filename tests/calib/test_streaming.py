@@ -30,7 +30,7 @@ HELD = [Streaming(0, 16, 1), Streaming(60_000, 100, 1 << 18, True), Streaming(1 
 
 @pytest.fixture(params=HELD)
 def streamed(request: pytest.FixtureRequest, ready: Calibration) -> AssignedModel:
-    checkpoint = ready.model.bank._checkpoint
+    checkpoint = ready.model.bank.checkpoint
     adapter = get_adapter(checkpoint.config)
     bank = OptionBank(checkpoint, ready.model.table, CPU, torch.float32, request.param)
     runner = Runner(checkpoint, adapter, CPU, torch.float32, request.param)

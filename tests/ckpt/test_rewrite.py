@@ -73,7 +73,7 @@ def test_what_is_written(family: str, tmp_path: Path) -> None:
     assert result.other_bytes == other_bytes
     assert result.total_bytes == result.expert_bytes + other_bytes
     assert result.shards == len(out.files) > 1
-    planned = output_bytes(source, job.adapter, job.plan.cost)
+    planned = output_bytes(source, job.assignment.table.groups, job.plan.cost)
     assert planned == result.total_bytes + sum(path.stat().st_size for path in source.companions())
 
 

@@ -56,6 +56,11 @@ def reference_model(job: Job, out: Path) -> Any:
         job.checkpoint.directory, dtype=torch.float32, experts_implementation="eager"
     )
     tensors, table, config = tensors_of(out), job.assignment.table, job.checkpoint.config
+    with torch.no_grad():
+        for group, option, _ in job.assignment.dense():
+            for weight in group.weights:
+                decoded = decode(tensors, weight.name.removesuffix(".weight"), option)
+                model.get_parameter(weight.name).copy_(decoded)
     renormalise = config["model_type"] == "mixtral" or config["norm_topk_prob"]
     for layer in table.layers:
         block = model.model.layers[layer].mlp

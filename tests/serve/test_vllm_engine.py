@@ -44,11 +44,11 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Job, Path]
     return made
 
 
-def damaged(out: Path, to: Path, change: str) -> Path:
-    """A copy of a checkpoint with one expert tensor missing, too many or of another shape."""
+def damaged(out: Path, to: Path, change: str, of: str = ".experts.") -> Path:
+    """A copy of a checkpoint with one tensor missing, too many or of another shape."""
     shutil.copytree(out, to)
     index = json.loads((to / "model.safetensors.index.json").read_text())
-    name = next(name for name in sorted(index["weight_map"]) if name.endswith(".weight_scale"))
+    name = next(name for name in sorted(index["weight_map"]) if of in name and name.endswith(".weight_scale"))
     file = to / index["weight_map"][name]
     tensors = load_file(file)
     if change == "missing":

@@ -82,7 +82,7 @@ def test_a_plan_with_too_few_experts_is_refused(out: Path, config: MoeRcoConfig)
 
 def deploy(config: MoeRcoConfig, **settings: Any) -> None:
     with set_current_vllm_config(VllmConfig(**settings)):
-        check_deployment(config.layers, config._groups)
+        check_deployment(config.layers, config._groups, config.dense)
 
 
 def test_deployments_that_fit_are_let_through(config: MoeRcoConfig) -> None:
@@ -105,7 +105,7 @@ def test_what_we_lack_is_refused(config: MoeRcoConfig) -> None:
     settings = VllmConfig()
     settings.parallel_config.enable_eplb = True  # on a CPU vLLM itself would not let it come this far
     with set_current_vllm_config(settings), pytest.raises(UserError, match="--enable-eplb"):
-        check_deployment(config.layers, config._groups)
+        check_deployment(config.layers, config._groups, config.dense)
     with pytest.raises(UserError, match="--enable-lora"):
         deploy(config, lora_config=LoRAConfig(lora_dtype="bfloat16"))
 

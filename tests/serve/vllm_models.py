@@ -48,11 +48,11 @@ PROMPTS = [
 TOKENS = 8
 
 
-def write(name: str, directory: Path) -> Job:
-    """A random job of that name; the checkpoint is in `directory / "out"`."""
+def write(name: str, directory: Path, dense: bool = False, **more: Any) -> Job:
+    """A random job of that name, with `dense` of all its groups; the checkpoint is in `directory / "out"`."""
     family, overrides = MODELS[name]
-    model = save_tiny(family, directory / "model", **overrides)
-    job = random_job(model, directory / "store", seed=len(name))
+    model = save_tiny(family, directory / "model", **{**overrides, **more})
+    job = random_job(model, directory / "store", seed=len(name), dense=dense)
     job.write(directory / "out")
     return job
 
