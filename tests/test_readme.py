@@ -18,7 +18,7 @@ from moe_rco.recipe import DEMO_MODEL
 from moe_rco.scoring.settings import SUITES
 from tests import hub as hubs
 from tests.documents import blocks, commands
-from tests.e2e.test_prune import SMALL
+from tests.e2e.test_prune import QUICK
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -79,9 +79,7 @@ def test_recipes_are_valid(block: str) -> None:
 def test_commands_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the page on integrity after the README's; the demo model in place of the large one, and little text."""
     monkeypatch.chdir(tmp_path)
-    little = [
-        part for setting in (*SMALL, "search.steps=0", "search.refine=0") for part in ("--set", setting)
-    ]
+    little = [part for setting in QUICK for part in ("--set", setting)]
     demo = [
         "--set",
         "model=demo",
@@ -124,7 +122,7 @@ def test_python_block_runs(
     monkeypatch.chdir(tmp_path)
     load = recipe.load
     monkeypatch.setattr(
-        "moe_rco.load_recipe", lambda name, settings: load(name, [*settings, *SMALL]), raising=False
+        "moe_rco.load_recipe", lambda name, settings: load(name, [*settings, *QUICK]), raising=False
     )
     for block in blocks(README, "python"):
         exec(compile(block, "README.md", "exec"), {})

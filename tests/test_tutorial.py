@@ -21,7 +21,7 @@ import yaml
 from moe_rco import recipe
 from moe_rco.recipe import DEMO_MODEL
 from tests.documents import blocks, commands
-from tests.e2e.test_prune import SMALL, command
+from tests.e2e.test_prune import QUICK, command
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -29,7 +29,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 TUTORIAL = (DOCS / "tutorial.md").read_text(encoding="utf-8")
 BUDGET = (DOCS / "budget.md").read_text(encoding="utf-8")
 INSTALLS = ("make demo", ".venv/bin/pip", "source ")  # what runs this test has done that
-LITTLE = [part for setting in (*SMALL, "search.steps=0", "search.refine=0") for part in ("--set", setting)]
+LITTLE = [part for setting in QUICK for part in ("--set", setting)]
 DRY = "moe-rco prune --recipe demo --output out/first --dry-run"
 PATIENCE = 280
 

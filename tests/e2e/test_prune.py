@@ -26,6 +26,9 @@ SMALL = (
     "search.evaluate_every=2",
 )
 
+QUICK = (*SMALL, "search.steps=0", "search.refine=0", "quantizer.method=rtn")
+"""Where something is to be there, whatever its quality."""
+
 
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "moe_rco.cli", *arguments]
