@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -116,7 +117,7 @@ def test_budgets_that_cannot_be_met(model: Path) -> None:
 def test_groups_that_a_model_does_not_have_or_cannot_take(
     family: str, overrides: list[str], message: str, tmp_path: Path
 ) -> None:
-    heads = {"head_dim": 24} if family == "qwen3_moe" else {}
+    heads: dict[str, Any] = {"head_dim": 24} if family == "qwen3_moe" else {}
     with pytest.raises(RecipeError, match=message) as caught:
         size(recipe(save_tiny(family, tmp_path / "model", **heads), *overrides))
     assert "\n" not in str(caught.value)

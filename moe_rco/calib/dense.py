@@ -182,8 +182,8 @@ class Dense:
             def logits(h: Tensor, sequence: int, start: int) -> Tensor:
                 if state is None:
                     return plain(h)
-                product, at = state.product, range(sequence, sequence + 1)
-                return plain(h, lambda x, weight: product(0, x, weight, at, -start % state.stride))
+                product, at, skip = state.product, range(sequence, sequence + 1), -start % state.stride
+                return plain(h, lambda x, weight: product(0, x, weight, at, skip))
 
             yield logits
 

@@ -79,7 +79,7 @@ def first_of(layer: dict[str, list[int]], option: str) -> int:
 
 
 CHANGES: list[tuple[Change, str]] = [
-    (lambda q: q.update(format_version=2), "format_version 2, this moe_rco reads 1"),
+    (lambda q: q.update(format_version=3), "format_version 3, this moe_rco reads 1 and 2"),
     (lambda q: q.pop("format_version"), "format_version None"),
     (lambda q: q.update(surplus=1), "surplus"),
     (lambda q: q.pop("layers"), "layers"),
