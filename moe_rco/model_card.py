@@ -61,9 +61,11 @@ def _summary(report: Report) -> Iterator[str]:
         if report.from_hub
         else f"A model of the family `{report.family}`"
     )
+    others = report.covers.removeprefix("routed experts").removeprefix(", ")
+    and_others = f", and at how many bits {others}," if others else ","
     yield (
         f"{base}, compressed by moe_rco: for all routed experts together it was decided which to prune and at how many bits to "
-        f"keep each of the others, so that they take at most {format_size(sizes.budget)} ({report.budget.text})."
+        f"keep each of the others{and_others} so that they take at most {format_size(sizes.budget)} ({report.budget.text})."
     )
     if report.stock:
         yield f"Every layer keeps {report.stock.experts_per_layer} experts at one precision, renumbered; the routers fit them.\n"
@@ -72,7 +74,7 @@ def _summary(report: Report) -> Iterator[str]:
     whole = "" if report.stock else format_size(sizes.experts_before + sizes.other)
     error = "" if report.kl_stderr is None else f" ± {report.kl_stderr:.5f}"
     yield "| | original | this model |\n|:--|--:|--:|"
-    yield f"| routed experts | {format_size(sizes.experts_before)} | {format_size(sizes.experts_after)} |"
+    yield f"| {report.covers} | {format_size(sizes.experts_before)} | {format_size(sizes.experts_after)} |"
     yield f"| all weights | {whole} | {format_size(sizes.total)} |"
     yield f"| loss, nats per token | {before:.4f} | {after:.4f} |"
     yield f"| KL divergence from the original, nats per token | | {report.kl:.5f}{error} |\n"

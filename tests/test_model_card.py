@@ -50,6 +50,22 @@ def test_figures_are_the_report_s() -> None:
         assert row in text
 
 
+def test_other_groups_are_named() -> None:
+    groups = [
+        {
+            "name": "model.layers.0.self_attn.o_proj",
+            "kind": "attention",
+            "layer": 0,
+            "option": "int8",
+            "bytes": 1,
+        },
+        {"name": "lm_head", "kind": "head", "layer": 3, "option": "int8", "bytes": 1},
+    ]
+    text = card(dense=groups)
+    assert "each of the others, and at how many bits attention, head, so that they take at most" in text
+    assert "| routed experts, attention, head | 3.81 MiB | 975.59 KiB |" in text
+
+
 def test_scores_are_there_for_people_and_programs() -> None:
     alone = score("hellaswag", "acc_norm", baseline=None, filter="strict", num_fewshot=None)
     text = card(scores=(score("arc_easy").model_dump(), alone.model_dump()))

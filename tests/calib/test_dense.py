@@ -78,7 +78,7 @@ def test_effects_are_the_weights_gradients_times_their_changes(job: Job, start: 
         for row, group in groups.items():
             for part, weight in enumerate(group.weights):
                 original = job.checkpoint.read(weight.name).float()
-                now = reference.get_parameter(weight.name)
+                now = reference.get_parameter(weight.name).detach()
                 for option in range(len(table.options)):
                     moved = model.bank.dense.weight((row, part, option), original).double()
                     expected[row][sequence, option] += float((gradients[weight.name] * (moved - now)).sum())
