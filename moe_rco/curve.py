@@ -23,7 +23,7 @@ class _Part(BaseModel):
 
 
 class CurvePoint(_Part):
-    """One budget's model, in a `directory` beside the curve. Bytes are the routed experts'.
+    """One budget's model, in a `directory` beside the curve. Bytes are those that the budget covers.
 
     `kl` (to the original, with its standard error) and `loss` are over all held-out text, in nats per token.
     `candidates` are the assignments that were tried within this budget; their KL is on the calibration text kept out.
@@ -122,7 +122,7 @@ class Curve(_Part):
     def picture(self) -> str:
         """The same as an SVG document."""
         return draw(
-            f"{self.model}: quality against the routed experts' bytes",
+            f"{self.model}: quality against the bytes that the budget covers",
             *self.panels(),
             notes=(
                 "Bars: one standard error. Grey: other candidates of the search, on calibration text kept out of it.",

@@ -129,7 +129,7 @@ class Process(_Part):
 
 
 class Result(_Part):
-    """What a finished output is: bytes of its routed experts, and KL to the original in nats per token."""
+    """What a finished output is: bytes that its budget covers, and KL to the original in nats per token."""
 
     model: str
     budget: str

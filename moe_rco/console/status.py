@@ -30,7 +30,7 @@ def show_status(status: Status, console: Console | None = None) -> None:
         table = table_of("", "")
         table.add_row("model", r.model)
         table.add_row("budget", f"{bytes_(r.budget_bytes)} ({r.budget})")
-        table.add_row("routed experts", bytes_(r.expert_bytes))
+        table.add_row("in the budget", bytes_(r.expert_bytes))
         table.add_row("whole model", bytes_(r.total_bytes))
         table.add_row("KL, held-out text", f"{r.kl:.5f} ± {uncertainty(r.kl_stderr)} nats per token")
         console.print(table)
