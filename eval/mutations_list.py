@@ -136,8 +136,8 @@ MUTATIONS = (
         "every second half of a 3-bit word is read wrongly", "quant/test_packing.py",
     ),
     _m(
-        "quant/packing.py", "[[sum(cost(weight, option) for weight in group.weights)",
-        "[[sum(cost(weight, option) for weight in group.weights[:2])",
+        "quant/packing.py", "sum(part(weight, option) for weight in group.weights)",
+        "sum(part(weight, option) for weight in group.weights[:2])",
         "a third of every expert's bytes is not counted", "quant/test_packing.py", "ckpt/test_rewrite.py",
     ),
     _m(
@@ -318,6 +318,22 @@ MUTATIONS = (
     _m(
         "serve/vllm_method.py", "if (expert, matrix, suffix) not in self._loaded:", "if False:",
         "vLLM serves experts that were never loaded", "serve/test_vllm_engine.py::test_damage_is_refused",
+    ),
+    _m(
+        "types.py", "return not option.is_prune and all(", "return all(",
+        "attention may be pruned", "contract/test_dense.py",
+    ),
+    _m(
+        "calib/dense.py", "rows].float() - before).flatten())", "rows].float() + before).flatten())",
+        "what an option does to attention is measured from the wrong weights", "calib/test_dense.py",
+    ),
+    _m(
+        "serve/vllm_dense.py", '"qkv_proj": {"q": 0, "k": 1, "v": 2}', '"qkv_proj": {"q": 0, "k": 2, "v": 1}',
+        "vLLM swaps keys and values", "serve/test_vllm_dense.py",
+    ),
+    _m(
+        "serve/vllm_dense.py", "if (matrix, suffix) not in self._loaded:", "if False:",
+        "vLLM serves attention that was never loaded", "serve/test_vllm_dense.py",
     ),
 )  # fmt: skip
 """All of them, in the order of the package's rooms."""
