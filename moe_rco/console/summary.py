@@ -172,7 +172,9 @@ def _usage(report: Report) -> tuple[str, ...]:
 def show_comparison(reports: Mapping[str, Report], written: str, console: Console | None = None) -> None:
     """Several results beside each other; `written` says where they are. What `prune` ends with for several budgets."""
     console = console or stdout()
-    table = table_of("", "in the budget>", "of before>", "whole model>", "loss before>", "loss after>", "KL>", "±>")
+    table = table_of(
+        "", "in the budget>", "of before>", "whole model>", "loss before>", "loss after>", "KL>", "±>"
+    )
     for name, report in reports.items():
         sizes = report.bytes
         table.add_row(

@@ -83,7 +83,12 @@ def environment(settings: Settings) -> dict[str, str]:
         defaults |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     if settings.allow_code:
         defaults["HF_ALLOW_CODE_EVAL"] = "1"
-    return {**defaults, **os.environ}
+    found = {**defaults, **os.environ}
+    if settings.backend == "vllm":
+        found.pop(
+            "TQDM_DISABLE", None
+        )  # it divides by the time that its bar has taken, which is none without one
+    return found
 
 
 def _end(child: subprocess.Popen[str]) -> None:

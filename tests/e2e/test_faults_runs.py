@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -17,12 +18,11 @@ SEED = 5
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    home = tmp_path_factory.mktemp("faults")
-    for parent in itertools.takewhile(lambda path: path.name.startswith(("pytest-", "popen-")), home.parents):
-        parent.chmod(0o755)  # also other users work here
-    with starting("tests.runfaults.kinds") as start:
-        yield Bench(home, start, steps=2)
+def bench() -> Iterator[Bench]:
+    # Also other users work here, and pytest keeps its own directories from them.
+    with TemporaryDirectory(prefix="moe-rco-faults-") as home, starting("tests.runfaults.kinds") as start:
+        Path(home).chmod(0o755)
+        yield Bench(Path(home), start, steps=2)
 
 
 @pytest.mark.slow
