@@ -143,7 +143,7 @@ class BudgetSpec(_Spec):
         option, and the rest is slack.
         """
         unit = self._bytes_per_unit(table)
-        value = getattr(self, self.form) if room is None else room.experts
+        value = getattr(self, self.form) if room is None else room.left
         # Through the decimal digits: 0.35 means 35/100, not the binary float next to it.
         size = math.floor(Fraction(str(value)) * unit)
         smallest, largest = table.range[0], max(table.range[1], table.original_bytes)

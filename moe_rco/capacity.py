@@ -82,7 +82,7 @@ def room(fit: Fit, config: dict[str, Any], adapter: Adapter, covered: int) -> Ro
         activations=activation_bytes(config, adapter, batch, fit.max_num_seqs) * devices,
         reserve=RESERVE * devices,
     )
-    if found.experts <= 0:
+    if found.left <= 0:
         raise BudgetError(
             f"budget: fit leaves nothing for the routed experts: of {format_size(found.usable)} on {devices} x "
             f"{exact_size(fit.gpu_memory)}, other weights take {format_size(found.other_weights)}, the KV cache "

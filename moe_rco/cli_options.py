@@ -116,8 +116,9 @@ def _quietly() -> Iterator[None]:
     try:
         yield
     finally:
-        if before is None:
-            os.environ.pop(LIBRARIES_BARS, None)
+        os.environ.pop(LIBRARIES_BARS)
+        if before is not None:
+            os.environ[LIBRARIES_BARS] = before
 
 
 @contextmanager

@@ -250,7 +250,7 @@ class Room:
     reserve: int
 
     @property
-    def experts(self) -> int:
+    def left(self) -> int:
         """What is left for the groups that the budget covers; may be less than nothing."""
         return self.usable - self.other_weights - self.kv_cache - self.activations - self.reserve
 

@@ -91,7 +91,7 @@ def test_what_is_left_is_what_the_parts_leave() -> None:
     assert found.other_weights == 61_064_245_248 - 57_982_058_496
     left = found.usable - found.other_weights - found.kv_cache - found.activations - found.reserve
     budget = BudgetSpec(fit=Fit(gpu_memory=24 * 10**9)).resolve(table(QWEN3_30B_A3B), found)
-    assert budget.bytes == found.experts == left
+    assert budget.bytes == found.left == left
     assert budget.room == found
 
 
@@ -102,7 +102,7 @@ def test_two_gpus_are_twice_one_but_for_the_weights() -> None:
     assert two.kv_cache == one.kv_cache  # eight heads of keys are shared out
     many = room(Fit(gpu_memory=48 * 10**9, tensor_parallel_size=16), MIXTRAL_8X7B)
     assert many.kv_cache == 2 * one.kv_cache  # with more GPUs than those, some have the same
-    assert two.experts == pytest.approx(2 * one.experts + one.other_weights + one.kv_cache)
+    assert two.left == pytest.approx(2 * one.left + one.other_weights + one.kv_cache)
 
 
 @pytest.mark.parametrize(

@@ -407,6 +407,9 @@ def test_quiet_commands_print_errors_and_json_only(tmp_path: Path, monkeypatch: 
     assert both.exit_code == 2
     assert "--quiet and --verbose contradict each other" in both.stderr
     assert "TQDM_DISABLE" not in os.environ
+    monkeypatch.setenv("TQDM_DISABLE", "0")
+    run("validate", "demo", "-q")
+    assert os.environ["TQDM_DISABLE"] == "0"
 
 
 def test_verbose_commands_tell_who_they_are_and_stop_when_they_end() -> None:

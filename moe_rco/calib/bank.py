@@ -9,17 +9,16 @@ from dataclasses import dataclass
 import torch
 from transformers.activations import ACT2FN
 
-from moe_rco.calib.dense_bank import DenseBank, Stored
+from moe_rco.calib.dense_bank import DenseBank, Stored, read_packed
 from moe_rco.calib.streaming import Streaming
 from moe_rco.calib.transfer import Mover
 from moe_rco.calib.window import Window
-from moe_rco.ckpt.data import read_tensor
 from moe_rco.ckpt.header import TensorInfo
 from moe_rco.ckpt.reader import Checkpoint
 from moe_rco.errors import ModelError, StoreError
 from moe_rco.quant.grid import Quantized
-from moe_rco.quant.packing import PACKED, SCALE, SHAPE, WEIGHT, ZERO_POINT, unpack
-from moe_rco.types import CostTable, Weight
+from moe_rco.quant.packing import WEIGHT, unpack
+from moe_rco.types import CostTable
 
 Stacked = tuple[torch.Tensor, torch.Tensor]
 """Gate and up joined [E, 2I, H], and down [E, H, I]."""
@@ -177,13 +176,7 @@ class OptionBank:
         if option == self.original:
             return tuple({WEIGHT: self._mover(self.checkpoint.read(weight.name))} for weight in weights)
         infos = self._infos(layer, option)
-        return tuple(self._part(infos, weight) for weight in weights)
-
-    def _part(self, infos: Mapping[str, TensorInfo], weight: Weight) -> dict[str, torch.Tensor]:
-        prefix = weight.name.removesuffix("weight")
-        found = {suffix: infos.get(prefix + suffix) for suffix in (PACKED, SCALE, ZERO_POINT)}
-        part = {suffix: self._mover(read_tensor(info)) for suffix, info in found.items() if info is not None}
-        return {**part, SHAPE: torch.tensor(weight.shape)}
+        return tuple(read_packed(infos, weight, self._mover) for weight in weights)
 
     def _infos(self, layer: int, option: int) -> Mapping[str, TensorInfo]:
         if (layer, option) not in self._stored:

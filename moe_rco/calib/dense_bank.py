@@ -18,7 +18,7 @@ from moe_rco.ckpt.reader import Checkpoint
 from moe_rco.ckpt.store import Place, place_of
 from moe_rco.errors import StoreError
 from moe_rco.quant.packing import PACKED, SCALE, SHAPE, ZERO_POINT, dequantize
-from moe_rco.types import CostTable, Option
+from moe_rco.types import CostTable, Option, Weight
 
 CHUNK = 1 << 22
 """Weights made full at once, beside what is made of them."""
@@ -32,6 +32,14 @@ class Stored(Protocol):
     def tensors(self, place: Place, option: Option) -> Mapping[str, TensorInfo]:
         """The quantised tensors in a place at an option, by name, others perhaps beside them. Raises StoreError."""
         ...
+
+
+def read_packed(infos: Mapping[str, TensorInfo], weight: Weight, move: Mover) -> dict[str, Tensor]:
+    """The tensors that a quantised weight is written as, by suffix, moved to where they are used; its shape stays here."""
+    prefix = weight.name.removesuffix("weight")
+    found = {suffix: infos.get(prefix + suffix) for suffix in (PACKED, SCALE, ZERO_POINT)}
+    part = {suffix: move(read_tensor(info)) for suffix, info in found.items() if info is not None}
+    return {**part, SHAPE: torch.tensor(weight.shape)}
 
 
 class DenseBank:
@@ -110,10 +118,7 @@ class DenseBank:
 
     def _compact(self, key: Key) -> dict[str, Tensor]:
         weight = self.table.groups[key[0]].weights[key[1]]
-        infos, prefix = self._tensors(key[0], key[2]), weight.name.removesuffix("weight")
-        found = {suffix: infos.get(prefix + suffix) for suffix in (PACKED, SCALE, ZERO_POINT)}
-        part = {suffix: self._mover(read_tensor(info)) for suffix, info in found.items() if info is not None}
-        return {**part, SHAPE: torch.tensor(weight.shape)}
+        return read_packed(self._tensors(key[0], key[2]), weight, self._mover)
 
     def _tensors(self, row: int, option: int) -> Mapping[str, TensorInfo]:
         place, named = place_of(self.table.groups[row]), self.table.options[option]

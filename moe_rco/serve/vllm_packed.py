@@ -23,7 +23,8 @@ _library = torch.library.Library("moe_rco", "FRAGMENT")
 class PackedWeights(nn.Module):
     """One or several matrices of `inputs` columns, one above the other, of so many rows each.
 
-    Outputs are padded with zeros to `outputs`. `dtype` is that of embeddings that are looked up.
+    Outputs are padded with zeros to `outputs`. `dtype` is that of embeddings that are looked up. `shape`, all processes'
+    together, is what vLLM's kernels on a GPU have to know; it is not needed here.
     """
 
     dtype = torch.float32

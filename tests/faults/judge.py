@@ -137,6 +137,7 @@ def _command(
     sys.excepthook = cli._report_fault  # as the installed command has it: no traceback unless asked for
     limit = psutil.Process().memory_info().vms + ROOM
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    # The hard limit kills without saying why.
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 60))
     watch((place, temporary), place, watched, starts)
     try:

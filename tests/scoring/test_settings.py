@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from moe_rco import cli
 from moe_rco.errors import ScoringError
 from moe_rco.recipe import DEMO_MODEL
+from moe_rco.scoring.process import environment
 from moe_rco.scoring.settings import SUITES, expand, make_settings, shipped_tasks
 
 
@@ -24,6 +25,14 @@ def test_suites_stand_for_their_tasks_and_no_task_comes_twice() -> None:
     )
     with pytest.raises(ScoringError, match="no tasks"):
         expand([" ,"])
+
+
+def test_vllm_is_not_told_to_draw_no_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It divides by the time that its bar has taken."""
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    hf, vllm = (environment(make_settings(backend, ["demo"])) for backend in ("hf", "vllm"))
+    assert hf["TQDM_DISABLE"] == "1"
+    assert "TQDM_DISABLE" not in vllm
 
 
 def test_a_cpu_computes_in_float32_in_both_backends() -> None:
