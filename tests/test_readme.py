@@ -23,6 +23,9 @@ from tests.e2e.test_prune import QUICK
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 INTEGRITY = (ROOT / "docs" / "integrity.md").read_text(encoding="utf-8")
+TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+# The first steps, as the tutorial takes them: tests/test_tutorial.py runs its server and asks it.
+FIRST_STEPS = (".venv/bin/", "source ", "curl ")
 # Run by continuous integration itself: the first installs, the second is what runs this test.
 RUN_BY_CI = ("make demo", "make test", "pip install -c constraints.txt -e .")
 # The same for a GPU: what it names is tested, and vLLM's CPU build stands in for vLLM.
@@ -94,6 +97,9 @@ def test_commands_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("MOE_RCO_CACHE", str(tmp_path / "cache"))
     for command in commands(README + INTEGRITY):
         if command in (*RUN_BY_CI, FOR_A_GPU) or command.startswith(("make ", "python -m eval.")):
+            continue
+        if command.startswith(FIRST_STEPS):
+            assert command in set(commands(TUTORIAL))
             continue
         for theirs, ours in STAND_INS.items():
             command = command.replace(theirs, ours)
