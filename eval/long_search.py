@@ -33,6 +33,8 @@ from moe_rco.types import Assignment
 PROBLEMS = {
     "prune or bf16, 50 %": (["options=[prune,bf16]"], 0.5),
     "all options, 25 %": ([], 0.25),
+    "all options, 20 %": ([], 0.2),
+    "all options, 13 %": ([], 0.13),
 }
 POINTS = 6
 """Times the KL is measured on the way."""

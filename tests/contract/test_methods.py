@@ -25,7 +25,7 @@ METHODS = get_args(SearchMethod)
 
 def recipe_of(method: str, *settings: str) -> Recipe:
     small = [
-        "calibration.sequences=32",
+        "calibration.sequences=16",
         "search.steps=8",
         "search.refine=8",
         "search.samples=2",

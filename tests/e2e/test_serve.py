@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_rco.serve.hf import register
 from tests.compressed import random_job
-from tests.e2e.test_prune import command, prune_command, run
+from tests.e2e.test_prune import QUICK, command, prune_command, run
 from tests.tiny_models import save_tiny
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -53,7 +53,7 @@ class Server:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("serve")
     model = folder / "demo"
-    done = run(prune_command(model, "search.steps=0", "search.refine=0"))
+    done = run(prune_command(model, *QUICK))
     assert done.returncode == 0, done.stderr
     (model / "chat_template.jinja").write_text(TEMPLATE)
     with socket.socket() as free:

@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moe_rco import load_recipe, prune
 from tests.compressed import Job
 from tests.serve.vllm_models import MODELS, PROMPTS, TOKENS, difference, expected, write
 from tests.vllm_engine import outcomes
@@ -21,12 +20,9 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 TOLERANCE = 1e-4
 TWO: dict[str, Any] = {"tensor_parallel_size": 2}
-# Groups of 64 in the shipped model's intermediate size of 64 cannot be split, so each process has whole experts.
 WAYS: dict[tuple[str, str], dict[str, Any]] = {
-    ("compiled", "mixtral"): {"enforce_eager": False},
     ("two processes", "qwen2_moe"): TWO,
-    ("two processes", "mixtral"): TWO,
-    ("two processes", "shipped"): {**TWO, "enable_expert_parallel": True},
+    ("two processes, whole experts", "mixtral"): {**TWO, "enable_expert_parallel": True},
     ("two processes, compiled", "qwen3_moe"): {**TWO, "enforce_eager": False},
 }
 
@@ -144,26 +140,11 @@ def test_another_models_plan_is_refused(eager: dict[str, dict[str, Any]]) -> Non
     assert error == "ModelError: quantization_config names expert 0 of layer 1, which the model does not have"
 
 
-@pytest.fixture(scope="module")
-def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped demo model with a plan that was searched for."""
-    out = tmp_path_factory.mktemp("shipped") / "out"
-    few = [
-        "quantizer.method=rtn",
-        "calibration.sequences=40",
-        "calibration.sequence_length=128",
-        "search.steps=2",
-        "search.refine=2",
-    ]
-    prune(load_recipe("demo", [*few, f"output={out}"]))
-    return out
-
-
 @pytest.mark.parametrize(("way", "name"), WAYS)
 def test_agrees_however_it_is_run(
-    way: str, name: str, jobs: dict[str, tuple[Job, Path]], shipped: Path, tmp_path: Path
+    way: str, name: str, jobs: dict[str, tuple[Job, Path]], tmp_path: Path
 ) -> None:
-    out = shipped if name == "shipped" else jobs[name][1]
+    out = jobs[name][1]
     (outcome,) = outcomes([job(out, **WAYS[way, name])], tmp_path)
     probabilities, continuations = expected(out)
     assert "error" not in outcome, outcome["log"][-3000:]
