@@ -42,6 +42,7 @@ from moe_rco.errors import (
     RecipeError,
     ScoringError,
     UserError,
+    is_fault,
 )
 from moe_rco.explain import explained
 from moe_rco.stopping import LINE, Stopping
@@ -60,9 +61,9 @@ class _Commands(click.Group):
         except KeyboardInterrupt:
             say(LINE)
             ctx.exit(EXIT_INTERRUPTED)
-        except Exception as fault:
+        except BaseException as fault:
             # What was interrupted may raise something else, as an import does.
-            error = fault if isinstance(fault, UserError) else explained(fault)
+            error = fault if isinstance(fault, UserError) else explained(fault) if is_fault(fault) else None
             if error is None or _stopping.number:
                 raise
             if isinstance(error, FileError | MemoryShortageError) and sys.excepthook is sys.__excepthook__:

@@ -115,6 +115,12 @@ class PlanError(UserError):
     remedy = "Copy the output again, or make it again. `moe-rco verify DIR` says everything that differs."
 
 
+def is_fault(raised: BaseException) -> bool:
+    """Whether something went wrong, rather than somebody asked to stop: also where a library written in Rust gave up,
+    whose PanicException is no Exception."""
+    return isinstance(raised, Exception) or type(raised).__name__ == "PanicException"
+
+
 def catalogue() -> tuple[type[MoeRcoError], ...]:
     """Every kind of error, the general ones first."""
     found: list[type[MoeRcoError]] = [MoeRcoError]

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_rco.errors import FileError, MemoryShortageError, UserError
+from moe_rco.errors import FileError, MemoryShortageError, UserError, is_fault
 from moe_rco.units import format_size
 
 _AGAIN = "run the same command again to go on"
@@ -38,7 +38,8 @@ _ADVICE = {
 }
 _SHORTAGE = re.compile(
     r"out of memory|can't allocate memory|cannot allocate memory|not enough memory|bad_alloc|alloc_failed|"
-    r"can't start new thread|failed to map segment|cannot map zero-fill|unable to mmap",
+    r"can't start new thread|failed to map segment|cannot map zero-fill|unable to mmap|"
+    r"global thread pool has not been initialized",
     re.IGNORECASE,
 )
 _LARGER = f"give it more, then {_AGAIN}, or "
@@ -84,8 +85,8 @@ def explaining(needs: Callable[[], Needs]) -> Iterator[None]:
     """Raises UserError for what the system refuses within; whatever else is raised passes."""
     try:
         yield
-    except Exception as fault:
-        error = explained(fault, needs())
+    except BaseException as fault:
+        error = explained(fault, needs()) if is_fault(fault) else None
         if error is None or error is fault:
             raise
         raise error from fault

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 from moe_rco.errors import DataError, FileError, MemoryShortageError, OutputError, StoreError, UserError
 from moe_rco.explain import Needs, explained, explaining
+from moe_rco.recipe import DEMO_MODEL
 
 
 def caused(error: Exception, cause: BaseException) -> Exception:
@@ -118,3 +121,31 @@ def test_explaining() -> None:
         raise KeyError
     with pytest.raises(UserError, match=r"^x$"), explaining(Needs):
         raise UserError("x")
+
+
+NO_THREADS = """
+import resource, sys
+from transformers import AutoTokenizer
+from moe_rco.errors import MemoryShortageError
+from moe_rco.explain import Needs, explaining
+
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 19),) * 2)
+try:
+    with explaining(Needs):
+        tokenizer("Its library starts threads now, which need memory.")
+except MemoryShortageError as error:
+    print(type(error.__cause__).__name__, isinstance(error.__cause__, Exception), error)
+"""
+
+
+def test_a_library_in_rust_that_gives_up_is_explained() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", NO_THREADS, str(DEMO_MODEL)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TOKENIZERS_PARALLELISM": "true"},
+        check=False,
+    )
+    assert done.stdout.startswith("PanicException False out of memory; "), done.stderr

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 from moe_rco.calib.chat import tokenize_conversation
 from moe_rco.calib.documents import read_documents
 from moe_rco.calib.refusals import reason
-from moe_rco.errors import DataError, ModelError
+from moe_rco.errors import DataError, ModelError, is_fault
 from moe_rco.recipe import DEMO, DEMO_HELDOUT
 from moe_rco.recipe_sections import Calibration, DataSource
 
@@ -80,7 +80,9 @@ def load_tokenizer(directory: Path) -> Any:
         tokenizer: Any = AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # the library that parses the files raises nothing narrower
+    except BaseException as error:  # the library that parses the files raises nothing narrower
+        if not is_fault(error):
+            raise
         raise ModelError(
             f"{directory}: no usable tokenizer ({reason(error)}); copy the model's tokenizer files there"
         ) from error
