@@ -97,7 +97,8 @@ def minutes(seconds: float) -> str:
 
 def render(steps: list[Step], installing: float, opened: float | None, command: str) -> str:
     """The table in Markdown; `installing` is the part of the first step before the run began."""
-    cores = len(os.sched_getaffinity(0))
+    count = len(os.sched_getaffinity(0))
+    cores = "one core" if count == 1 else f"{count} cores"
     rows = [
         (f"`{steps[0].command}`: installs the package", installing),
         (f"`{steps[0].command}`: compresses the demo", steps[0].seconds - installing),
@@ -109,7 +110,7 @@ def render(steps: list[Step], installing: float, opened: float | None, command: 
     return "\n".join(
         [
             "# First steps", "",
-            f"Made by `{command}` on {cores} cores without a GPU: the README's first commands in a new clone, with empty caches.",
+            f"Made by `{command}` on {cores} without a GPU: the README's first commands in a new clone, with empty caches.",
             "", "| step | time |", "|:--|--:|",
             *(f"| {name} | {minutes(seconds)} |" for name, seconds in rows),
             f"| all | {minutes(sum(seconds for _, seconds in rows))} |",
