@@ -17,6 +17,6 @@ REFUSALS = (
 )
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """Why, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -12,8 +12,11 @@ from tests.runfaults import child
 from tests.runfaults.bench import Bench
 
 SETTINGS = r"execution\.memory_limit|execution\.mode|calibration\.sequence|search\.batch"
-ABORTED = (-signal.SIGABRT, -signal.SIGSEGV)
-NATIVE = r"(LLVM ERROR|Fatal glibc error): .*memory|memory allocation of \d+ bytes failed|bad_alloc"
+ABORTED = (-signal.SIGABRT, -signal.SIGSEGV, 127)  # the last by the C library, for a thread's own data
+NATIVE = (
+    r"(LLVM ERROR|Fatal glibc error): .*memory|memory allocation of \d+ bytes failed|bad_alloc"
+    r"|cannot allocate memory for thread-local data: ABORT"
+)
 """What compilers and libraries say before they end the process themselves."""
 
 
