@@ -27,6 +27,7 @@ The command line prints `error: ` and one line: what is wrong, where, and what t
 | 2 | the input cannot be used as given: repair it and run the same command again |
 | 130 | interrupted (Ctrl-C): the same command goes on where it was |
 | 143 | asked to end (SIGTERM): the same |
+| 134, 137, 139, 127 | killed, as the system does where memory ends, or given up by a library: `prune` says so, and goes on |
 
 `--debug`, or `MOE_RCO_DEBUG=1`, shows the traceback of an internal error. In Python the same errors are raised as the classes of
 `moe_rco.errors`. Made by `python -m eval.reference` from [moe_rco/errors.py](../moe_rco/errors.py).

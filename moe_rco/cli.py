@@ -44,12 +44,14 @@ from moe_rco.errors import (
     UserError,
     is_fault,
 )
-from moe_rco.explain import explained
+from moe_rco.explain import explained, unsaid
 from moe_rco.stopping import LINE, Stopping
+from moe_rco.witness import Witness
 
 EXIT_INTERRUPTED = 130
 _DEBUG_VARIABLE = "MOE_RCO_DEBUG"
-_stopping = Stopping()
+_witness = Witness()
+_stopping = Stopping(_witness.over)
 
 
 class _Commands(click.Group):
@@ -507,6 +509,8 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault(LIBRARIES_BARS, "1")
+    if sys.argv[1:2] == ["prune"]:
+        _witness.begin(f"error: {unsaid()}")
     _stopping.install()
     try:
         app(prog_name="moe-rco")
@@ -515,6 +519,8 @@ def main() -> None:
             raise
         _stopping.tell()
         sys.exit(_stopping.code)
+    finally:
+        _witness.over()
 
 
 if __name__ == "__main__":

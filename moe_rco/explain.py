@@ -62,6 +62,11 @@ class Needs:
     stage: str = ""
 
 
+def unsaid() -> str:
+    """What to say of a run that ended in the middle and could not say why."""
+    return f"killed, or given up by a library, most often because memory ended; {_thrift(Needs())}"
+
+
 def explained(fault: BaseException, needs: Needs | None = None) -> UserError | None:
     """The error to show for what the system refused; an error of ours with what to do added. None if it was not the system."""
     needs = needs or Needs()
@@ -108,6 +113,10 @@ def _is_shortage(fault: BaseException) -> bool:
 def _shortage(needs: Needs) -> str:
     where = f" (in: {needs.stage})" if needs.stage else ""
     counted = f"; the run had counted on {format_size(needs.memory)}" if needs.memory else ""
+    return f"out of memory{where}{counted}; {_thrift(needs)}"
+
+
+def _thrift(needs: Needs) -> str:
     if needs.streamed:
         what = "lower execution.memory_limit, so that less is held at a time, or "
     else:
@@ -115,7 +124,7 @@ def _shortage(needs: Needs) -> str:
             "set execution.memory_limit to what it may take, so that weights are read as they are needed, or "
         )
     smaller = _BY_STAGE.get(needs.stage, "calibration.sequence_length or search.batch")
-    return f"out of memory{where}{counted}; {_LARGER}{what}lower {smaller}"
+    return f"{_LARGER}{what}lower {smaller}"
 
 
 def _told(refusal: OSError) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -18,8 +19,10 @@ class Stopping:
     process at once. What a run leaves then is no less fit to go on from: it may be killed at any moment. `line` is what it says.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ending: Callable[[], None] = lambda: None) -> None:
+        """`ending` is called before the process is ended at once."""
         self.number = 0
+        self._ending = ending
         self._told = self._at_once = False
         self.line = LINE
 
@@ -60,4 +63,5 @@ class Stopping:
 
     def _end(self) -> None:
         self.tell()
+        self._ending()
         os._exit(self.code)

@@ -59,6 +59,7 @@ ROOMS = (
     "template",
     "console",
     "stopping",
+    "witness",
     "cli_options",
     "cli",
 )

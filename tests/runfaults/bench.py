@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moe_rco.explain import unsaid
 from tests.killing import tree, written
 from tests.running import Start, Started
 from tests.tiny_job import save_job
@@ -160,6 +161,13 @@ def _placeless(value: Any) -> Any:
     if isinstance(value, bytes):
         return re.sub(rb"\S*/model\b|\b[0-9a-f]{64}\b", b"", value)
     return value
+
+
+def said_for(run: Started) -> None:
+    """That one line, the last, was said for a run that could not itself."""
+    said = run.log.splitlines()
+    assert said[-1:] == [f"error: {unsaid()}"], f"not said: {_tail(run.log)}"
+    assert sum(line.startswith("error: ") for line in said) == 1, _tail(run.log)
 
 
 def reached(run: Started, text: str) -> None:

@@ -9,7 +9,7 @@ import signal
 from functools import partial
 
 from tests.runfaults import child
-from tests.runfaults.bench import Bench
+from tests.runfaults.bench import Bench, said_for
 
 SETTINGS = r"execution\.memory_limit|execution\.mode|calibration\.sequence|search\.batch"
 ABORTED = (-signal.SIGABRT, -signal.SIGSEGV, 127)  # the last by the C library, for a thread's own data
@@ -26,7 +26,8 @@ def too_little(bench: Bench, draw: random.Random) -> None:
     extra = int(10 ** draw.uniform(5.5, 8))
     run = bench.start(place, *job.arguments, before=partial(child.memory_ends, extra))
     if run.ends() in ABORTED and re.search(NATIVE, run.log):
-        bench.notes["memory ended in native code, which aborts: gone on from as after a kill"] += 1
+        said_for(run)
+        bench.notes["memory ended in native code, which aborts: said by the witness"] += 1
     else:
         bench.refused(run, "out of memory", SETTINGS, "run the same command again")
     assert set(os.listdir(place)) <= {"out.work"}

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from tests.killing import tree
-from tests.runfaults.bench import Bench, Job, MissedError, a_moment
+from tests.runfaults.bench import Bench, Job, MissedError, a_moment, said_for
 from tests.running import KILLED, Started
 
 ASIDE = ".out.moe-rco-old"
@@ -22,6 +22,8 @@ def killed(bench: Bench, draw: random.Random) -> None:
     time.sleep(draw.uniform(0, job.seconds))
     if run.kill() != KILLED or not _as_before(place, old):
         raise MissedError
+    if run.log:  # otherwise it may have been killed before it had begun
+        said_for(run)
     bench.completes(place, job, *_OVER[bool(old)])
 
 
