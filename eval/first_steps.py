@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -70,12 +69,12 @@ def walk(steps: Iterable[str], place: Path, environment: dict[str, str], health:
                 print(printed, flush=True)
             taken.append(Step(command, time.monotonic() - start, printed))
             if command.startswith("curl ") and server is not None:
-                server.send_signal(signal.SIGINT)
+                server.terminate()
                 server.wait(PATIENCE)
                 server = None
     finally:
         if server is not None:
-            server.send_signal(signal.SIGINT)
+            server.terminate()
             server.wait(PATIENCE)
     return taken
 
