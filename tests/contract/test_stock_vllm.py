@@ -55,6 +55,9 @@ def read(model, path):
                 method = type(CompressedTensorsMoEMethod.get_moe_method(config, module, layer)).__name__
             except NotImplementedError as error:  # the right method, but no kernel of its for this machine
                 method = "CompressedTensorsWNA16MoEMethod" if "WNA16 MoE backend" in str(error) else str(error)
+            except AssertionError:  # that method again: on some CPUs it is made, and knows groups only
+                assert schemes[0]["weights"].strategy == "channel", schemes[0]
+                method = "CompressedTensorsWNA16MoEMethod"
             expected = "Unquantized" if schemes[0] is None else "CompressedTensorsWNA16"
             assert method.startswith(expected), method
             if schemes[0] is not None:
