@@ -64,7 +64,7 @@ class Needs:
 
 def unsaid() -> str:
     """What to say of a run that ended in the middle and could not say why."""
-    return f"killed, or given up by a library, most often because memory ended; {_thrift(Needs())}"
+    return f"killed, or given up by a library, most often because memory ended; {_remedy(Needs())}"
 
 
 def explained(fault: BaseException, needs: Needs | None = None) -> UserError | None:
@@ -113,10 +113,10 @@ def _is_shortage(fault: BaseException) -> bool:
 def _shortage(needs: Needs) -> str:
     where = f" (in: {needs.stage})" if needs.stage else ""
     counted = f"; the run had counted on {format_size(needs.memory)}" if needs.memory else ""
-    return f"out of memory{where}{counted}; {_thrift(needs)}"
+    return f"out of memory{where}{counted}; {_remedy(needs)}"
 
 
-def _thrift(needs: Needs) -> str:
+def _remedy(needs: Needs) -> str:
     if needs.streamed:
         what = "lower execution.memory_limit, so that less is held at a time, or "
     else:

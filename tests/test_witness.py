@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from moe_rco.witness import Witness
+
 BEGIN = """\
 import ctypes, os, resource, signal, subprocess, sys, time
 from moe_rco.witness import Witness
@@ -62,8 +64,6 @@ def test_a_program_that_the_run_leaves_behind_does_not_keep_it_waiting() -> None
 
 
 def test_a_run_does_without_where_there_is_no_process_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    from moe_rco.witness import Witness
-
     def refused() -> int:
         raise BlockingIOError
 
