@@ -8,7 +8,8 @@ All methods choose among the same GPTQ weights of one (model, seed). The seed de
 calibration text, the Fisher draws and the search's noise. KL(original || compressed) is over the whole
 vocabulary, on the shipped held-out text of all domains. Results are kept in a JSON file beside the table
 after every method; a rerun does only what is missing, and redoes what was made with another model or other
-settings. A change of the code is not noticed: delete the JSON file then. What was quantised stays in out/eval.
+settings. A change of the code is not noticed, but the commit is kept: delete the JSON file to make all of it again.
+What was quantised stays in out/eval.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import torch
 
 from eval.prepared import MODELS, Subject, inputs_of, recipe_of, subject
 from eval.quality_table import render
-from eval.results_file import Results
+from eval.results_file import Results, commit
 from eval.rivals import FISHER, LINEARITY, PROXY, RCO, SEARCHES, UNIFORM, Methods, Variants
 from moe_rco.calib.measure import Scores, measure
 from moe_rco.reload import Assigned
@@ -118,6 +119,7 @@ def measure_model(
         variants = methods.all(budget, at_ratio)[method]()
         chosen = time.monotonic() - start
         record = {"model": name, "ratio": ratio, "seed": seed, "method": method, "inputs": inputs}
+        record["commit"] = commit()
         record |= {"budget": budget.bytes, "original": prepared.sized.table.original_bytes}
         record["seconds"] = round(chosen, 1)
         record |= record_of(judge, variants, budget) if variants else {"kl": None}

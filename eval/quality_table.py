@@ -18,6 +18,7 @@ def render(records: Records, methods: Sequence[str], command: str) -> str:
         "# Held-out KL at equal bytes\n",
         f"Made by `{command}`.\n",
         _INTRODUCTION,
+        *_commits(records, methods),
         *_summary(records, cases, methods),
     ]
     for case in cases:
@@ -30,6 +31,16 @@ _INTRODUCTION = """KL(original || compressed) in nats per token, whole
 vocabulary, shipped held-out text of all domains: mean over seeds +- standard deviation. A rival is the best
 of its variants *on the held-out text*. Every method of one (model, seed) chooses among the same GPTQ weights.
 """
+
+
+def _commits(records: Records, methods: Sequence[str]) -> list[str]:
+    """Which methods were run at which commit."""
+    made: dict[str, list[str]] = {}
+    for method in methods:
+        commits = sorted({record["commit"] for record in records if record["method"] == method})
+        if commits:
+            made.setdefault(", ".join(commits), []).append(method)
+    return [f"Commit {commits}: {', '.join(names)}." for commits, names in made.items()] + [""]
 
 
 def _of(records: Records, case: tuple[str, float], method: str | None = None) -> Records:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,14 @@ class Results:
         ordered = [self._records[key] for key in sorted(self._records)]
         partial.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, self._path)
+
+
+@cache
+def commit() -> str:
+    """The commit that this runs from, with a plus where files differ from it."""
+    command = ["git", "describe", "--always", "--abbrev=7", "--exclude=*", "--dirty=+"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
 
 
 def _key(record: dict[str, Any]) -> Key:
