@@ -13,6 +13,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from eval.readme_tables import updated
 from moe_rco import cli, recipe
 from moe_rco.recipe import DEMO_MODEL
 from moe_rco.scoring.settings import SUITES
@@ -69,6 +70,12 @@ def test_links_lead_somewhere() -> None:
     for link in re.findall(r"\]\(([^)#]+)\)", README):
         if not link.startswith("http"):
             assert (ROOT / link).exists(), link
+
+
+def test_the_tables_are_those_of_the_results() -> None:
+    assert updated(README) == README
+    with pytest.raises(ValueError, match="0 tables"):
+        updated(README.replace("**moe_rco**", "ours"))
 
 
 @pytest.mark.parametrize("block", blocks(README, "yaml"))
