@@ -5,6 +5,7 @@ As a program it reads jobs from one JSON file and writes their outcomes to anoth
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -72,6 +73,9 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     # vLLM 0.32 takes every object in every module for one with a plain __dict__, which llvmlite's is not: with
     # numba imported, no engine starts in the process any more. The name is all that it looks for.
     sys.modules.pop("llvmlite.binding.ffi", None)
+    # vLLM collects garbage eight times a start; all that was imported would be gone through every time.
+    gc.collect()
+    gc.freeze()
     try:
         engine = LLM(job["model"], skip_tokenizer_init=True, disable_log_stats=True, **settings)
     except Exception as error:  # noqa: BLE001 - whatever vLLM makes of a refusal is the outcome

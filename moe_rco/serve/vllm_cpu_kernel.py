@@ -11,6 +11,7 @@ Products are summed in float32; nothing is rounded between the two layers of an 
 
 from __future__ import annotations
 
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -451,72 +452,79 @@ def _pointer(typing_context: Any, address: Any) -> Any:
     return types.voidptr(address), generate
 
 
-def _entry(experts: Any) -> Any:
-    """`experts` on memory named by addresses: an array object for each tensor costs a microsecond, every layer."""
+def _run(
+    x,
+    x_bits,
+    logits,
+    logits_bits,
+    table,
+    words,
+    scales,
+    zeros,
+    out,
+    tokens,
+    num_experts,
+    hidden,
+    intermediate,
+    top_k,
+    renormalize,
+    workers,
+):
+    """`_experts` on memory named by addresses: an array object for each tensor costs a microsecond, every layer.
 
-    @njit(**_JIT)
-    def run(
-        x,
-        x_bits,
-        logits,
-        logits_bits,
-        table,
-        words,
-        scales,
-        zeros,
-        out,
-        tokens,
-        num_experts,
-        hidden,
+    Addresses of the tensors, then sizes. x and out are float32, or bfloat16 where `x_bits` is 16, and so the logits.
+    """
+    if x_bits == 16:
+        inputs = np.empty((tokens, hidden), np.float32)
+        outputs = np.empty((tokens, hidden), np.float32)
+        _widen(carray(_pointer(x), (tokens * hidden,), np.int16), inputs.reshape(-1))
+    else:
+        inputs = carray(_pointer(x), (tokens, hidden), np.float32)
+        outputs = carray(_pointer(out), (tokens, hidden), np.float32)
+    if logits_bits == 16:
+        scores = np.empty((tokens, num_experts), np.float32)
+        _widen(carray(_pointer(logits), (tokens * num_experts,), np.int16), scores.reshape(-1))
+    else:
+        scores = carray(_pointer(logits), (tokens, num_experts), np.float32)
+    entries = carray(_pointer(table), (num_experts, TABLE_COLUMNS), np.int64)
+    ids, weights = np.empty((tokens, top_k), np.int32), np.empty((tokens, top_k), np.float32)
+    _route(scores, entries, renormalize, ids, weights)
+    _experts(
+        inputs,
+        ids,
+        weights,
+        entries,
+        carray(_pointer(words), (_ANY,), np.int32),
+        carray(_pointer(scales), (_ANY,), np.int16),
+        carray(_pointer(zeros), (_ANY,), np.int32),
         intermediate,
-        top_k,
-        renormalize,
         workers,
-    ):
-        """Addresses of the tensors, then sizes. x and out are float32, or bfloat16 where `x_bits` is 16, and so the
-        logits.
-        """
-        if x_bits == 16:
-            inputs = np.empty((tokens, hidden), np.float32)
-            outputs = np.empty((tokens, hidden), np.float32)
-            _widen(carray(_pointer(x), (tokens * hidden,), np.int16), inputs.reshape(-1))
-        else:
-            inputs = carray(_pointer(x), (tokens, hidden), np.float32)
-            outputs = carray(_pointer(out), (tokens, hidden), np.float32)
-        if logits_bits == 16:
-            scores = np.empty((tokens, num_experts), np.float32)
-            _widen(carray(_pointer(logits), (tokens * num_experts,), np.int16), scores.reshape(-1))
-        else:
-            scores = carray(_pointer(logits), (tokens, num_experts), np.float32)
-        entries = carray(_pointer(table), (num_experts, TABLE_COLUMNS), np.int64)
-        ids, weights = np.empty((tokens, top_k), np.int32), np.empty((tokens, top_k), np.float32)
-        _route(scores, entries, renormalize, ids, weights)
-        experts(
-            inputs,
-            ids,
-            weights,
-            entries,
-            carray(_pointer(words), (_ANY,), np.int32),
-            carray(_pointer(scales), (_ANY,), np.int16),
-            carray(_pointer(zeros), (_ANY,), np.int32),
-            intermediate,
-            workers,
-            outputs,
-        )
-        if x_bits == 16:
-            half = carray(_pointer(out), (tokens * hidden,), np.int16)
-            bits = outputs.reshape(-1).view(np.int32)
-            for i in range(len(bits)):
-                rounded = np.int32(
-                    (bits[i] + 0x7FFF + ((bits[i] >> 16) & 1)) >> 16
-                )  # to nearest, ties to even
-                nan = np.int32(bits[i] & 0x7FFFFFFF) > np.int32(0x7F800000)
-                half[i] = np.int16(0x7FC0) if nan else np.int16(rounded)
-
-    return run
+        outputs,
+    )
+    if x_bits == 16:
+        half = carray(_pointer(out), (tokens * hidden,), np.int16)
+        bits = outputs.reshape(-1).view(np.int32)
+        for i in range(len(bits)):
+            rounded = np.int32((bits[i] + 0x7FFF + ((bits[i] >> 16) & 1)) >> 16)  # to nearest, ties to even
+            nan = np.int32(bits[i] & 0x7FFFFFFF) > np.int32(0x7F800000)
+            half[i] = np.int16(0x7FC0) if nan else np.int16(rounded)
 
 
-run_experts = _entry(njit(**_JIT)(_experts))
+def _compiled(suffix: str, **options: Any) -> Any:
+    """`_run`, with an `_experts` compiled by `options`.
+
+    Numba finds what an earlier process compiled by a function's name, bytecode and closure, whatever its options and whichever
+    function a global name stands for; a closure with a compiled function in it never is the same again. So each has its name.
+    """
+    known: dict[str, Any] = {}
+    for function, its in ((_experts, options), (_run, {})):
+        copy = FunctionType(function.__code__, globals() | known, f"{function.__name__}_{suffix}")
+        copy.__qualname__ = copy.__name__
+        known[function.__name__] = njit(**_JIT, **its)(copy)
+    return known["_run"]
+
+
+run_experts = _compiled("serial")
 """`_experts` on the calling thread: for the little work of a small model's decoding."""
-run_experts_parallel = _entry(njit(**_JIT, parallel=True)(_experts))
+run_experts_parallel = _compiled("parallel", parallel=True)
 """`_experts` on the threads of numba's OpenMP layer, which are torch's own."""

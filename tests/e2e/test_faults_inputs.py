@@ -29,7 +29,7 @@ def test_every_case_is_handled(tmp_path: Path) -> None:
         "-m",
         "eval.faults",
         "--cases",
-        "40",
+        "24",
         "--seed",
         "1",
         "--output",
@@ -38,7 +38,7 @@ def test_every_case_is_handled(tmp_path: Path) -> None:
     kinds = ["--kinds", "recipe", "checkpoint", "output", "text", "store"]
     done = subprocess.run([*command, *kinds], capture_output=True, text=True, check=False, timeout=290)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert "| all | 40 | 40 | 0 |" in (tmp_path / "table.md").read_text()
+    assert "| all | 24 | 24 | 0 |" in (tmp_path / "table.md").read_text()
 
 
 def leave(place: Path, rng: random.Random) -> list[str]:
