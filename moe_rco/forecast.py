@@ -6,11 +6,10 @@ from pathlib import Path
 
 from moe_rco.baselines import PROXY_STRIDE, starting_points, unmeasured
 from moe_rco.calib.data import heldout_pool, load_tokenizer
-from moe_rco.calib.search import SEARCHES
 from moe_rco.ckpt.rewrite import output_bytes
 from moe_rco.job import Ready
 from moe_rco.optim.races import FIRST_HEAT
-from moe_rco.optim.solve import BACKWARD
+from moe_rco.optim.solve import BACKWARD, SEARCHES
 from moe_rco.reload import RELOAD_SEQUENCES
 from moe_rco.trial import Cost, measure_costs
 from moe_rco.types import Progress

@@ -12,7 +12,6 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, ValidationError, computed_field
 
 from moe_rco._version import __version__
-from moe_rco.calib.search import SEARCHES
 from moe_rco.ckpt.destination import CURVE
 from moe_rco.ckpt.shards import read_manifest
 from moe_rco.ckpt.store import listed
@@ -20,7 +19,7 @@ from moe_rco.ckpt.workdir import SUFFIX, Part, WorkDirectory
 from moe_rco.ckpt.writer import replace_text
 from moe_rco.curve import Curve
 from moe_rco.errors import OutputError
-from moe_rco.optim.solve import BACKWARD, evolution_steps
+from moe_rco.optim.solve import BACKWARD, SEARCHES, evolution_steps
 from moe_rco.plan import costs_digest
 from moe_rco.recipe import Recipe
 from moe_rco.recipe_sections import Search

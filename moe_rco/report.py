@@ -13,10 +13,9 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from moe_rco.calib.measure import Score
 from moe_rco.errors import PlanError
 from moe_rco.files import check_regular, first_complaint
-from moe_rco.types import Budget, Kind, Layout, Room
+from moe_rco.types import Budget, Kind, Layout, Room, Score
 from moe_rco.units import format_size
 
 FILE_NAME = "report.json"

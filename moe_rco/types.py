@@ -1,4 +1,4 @@
-"""Frozen values shared by all rooms: options, groups, costs, budgets and assignments."""
+"""Frozen values shared by all rooms: options, groups, costs, budgets, assignments and scores."""
 
 from __future__ import annotations
 
@@ -334,6 +334,21 @@ class Assignment:
                     f"layer {layer} keeps {len(self.kept(layer))} experts and layer {first} "
                     f"{len(self.kept(first))}, but with layout stock all layers keep equally many"
                 )
+
+
+@dataclass(frozen=True)
+class Score:
+    """Means over tokens, in nats: next-token loss before and after, KL(before || after) and its standard error.
+
+    The standard error is over sequences, whose tokens are not independent; None where there is one sequence only.
+    """
+
+    name: str
+    tokens: int
+    loss_before: float
+    loss_after: float
+    kl: float
+    kl_stderr: float | None
 
 
 class Progress(Protocol):

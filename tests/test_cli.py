@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 
 from moe_rco import _version, cli, recipe
 from moe_rco.errors import ModelError
+from moe_rco.recipe import DEMO_MODEL
 from moe_rco.report import Report
 from moe_rco.scoring.settings import BACKENDS, SUITES
 from tests.conftest import MINIMAL
@@ -238,6 +239,21 @@ def test_answers_without_loading_torch(recipe_file: Path) -> None:
             [sys.executable, "-c", code.format(arguments)], capture_output=True, text=True, check=True
         )
         assert result.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["inspect", str(DEMO_MODEL)], ["status", "nothing"], ["compare", "a", "b"]]
+)
+def test_looks_at_outputs_without_loading_transformers(arguments: list[str]) -> None:
+    code = (
+        "import sys; from moe_rco.cli import app\n"
+        "try: app({!r}, standalone_mode=False)\n"
+        "finally: print('transformers' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code.format(arguments)], capture_output=True, text=True, check=False
+    )
+    assert result.stdout.splitlines()[-1] == "False"
 
 
 FAULT = (

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from moe_rco.calib.data import TokenPool
-from moe_rco.types import Progress
+from moe_rco.types import Progress, Score
 
 LOGITS = 1 << 23
 """Made at once, of each of the two models."""
@@ -24,21 +24,6 @@ class Model(Protocol):
     def hidden(self, ids: torch.Tensor) -> torch.Tensor: ...
 
     def head(self) -> AbstractContextManager[Callable[[torch.Tensor], torch.Tensor]]: ...
-
-
-@dataclass(frozen=True)
-class Score:
-    """Means over tokens, in nats: next-token loss before and after, KL(before || after) and its standard error.
-
-    The standard error is over sequences, whose tokens are not independent; None where there is one sequence only.
-    """
-
-    name: str
-    tokens: int
-    loss_before: float
-    loss_after: float
-    kl: float
-    kl_stderr: float | None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from moe_rco.optim import (
     EqualLayers,
     FeasibleSet,
     Knapsack,
-    Method,
     SolveResult,
     StepRecord,
     evolution_steps,
@@ -26,7 +25,7 @@ from moe_rco.optim import (
     solve,
 )
 from moe_rco.optim.races import RACES
-from moe_rco.optim.solve import BACKWARD
+from moe_rco.optim.solve import BACKWARD, SEARCHES
 from moe_rco.optim.solver import SEARCH
 from moe_rco.optim.trace import pack_history, unpack_history
 from moe_rco.recipe_sections import Search
@@ -37,8 +36,6 @@ SEED, REFINED = "fisher seed", "rco, refined"
 START_BONUS = 1.0
 DOUBT, DOUBT_OF_PRUNING = 0.25, 0.5
 """Standard error of the Fisher estimate of an option, as a part of it; the races find by how much that is off."""
-SEARCHES: dict[str, Method] = {method: method for method in get_args(Method)}
-"""The recipe's methods that search on the model's loss."""
 
 
 def feasible(table: CostTable, budget: Budget) -> FeasibleSet:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.console import Console
 
 from moe_rco.console.parts import bytes_, show, stdout, table_of
-from moe_rco.serving import ServePlan
 from moe_rco.units import format_size
+
+if TYPE_CHECKING:  # it loads transformers, which takes seconds
+    from moe_rco.serving import ServePlan
 
 
 def show_serving(plan: ServePlan, console: Console | None = None) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.console import Console
 
 from moe_rco.console.parts import bytes_, stdout, table_of, uncertainty
-from moe_rco.progress import Status
+
+if TYPE_CHECKING:  # it loads transformers, which takes seconds
+    from moe_rco.progress import Status
 
 
 def show_status(status: Status, console: Console | None = None) -> None:

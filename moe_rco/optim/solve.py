@@ -18,6 +18,8 @@ from moe_rco.optim.solver import Constraint, SolveResult, minimize
 from moe_rco.optim.trace import StepRecord
 
 Method = Literal["rco", "penalty", "lagrangian", "evolution"]
+SEARCHES: dict[str, Method] = {method: method for method in get_args(Method)}
+"""By their names."""
 BACKWARD = 2
 """Forward passes that a backward pass is counted as."""
 

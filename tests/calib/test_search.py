@@ -14,8 +14,9 @@ from moe_rco.calib.bank import LayerBank, StackedLayer
 from moe_rco.calib.losses import KeptOut, _rows, batch_losses, row_losses
 from moe_rco.calib.objective import Pass
 from moe_rco.calib.reference import divergence
-from moe_rco.calib.search import REFINED, SEARCHES, SEED, find, knapsack
+from moe_rco.calib.search import REFINED, SEED, find, knapsack
 from moe_rco.ckpt.store import Store
+from moe_rco.optim.solve import SEARCHES
 from moe_rco.recipe_sections import Search
 from moe_rco.types import Assignment, Budget, Option, Silent
 from tests.calibrated import CPU, Calibration, calibration_of

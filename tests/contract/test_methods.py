@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from moe_rco import recipe as recipes
-from moe_rco.calib.search import SEARCHES, SEED
+from moe_rco.calib.search import SEED
 from moe_rco.ckpt.locate import fetch_model
 from moe_rco.errors import UserError
 from moe_rco.job import open_inputs, size
+from moe_rco.optim.solve import SEARCHES
 from moe_rco.pipeline import Prepared, choose, prepare
 from moe_rco.recipe import Recipe
 from moe_rco.recipe_sections import SearchMethod
