@@ -46,8 +46,9 @@ class _Blank(Posterior):
 
 
 class Swaps(_Run):
-    """Races whose challengers are the neighbours of the best."""
+    """Races whose challengers are the neighbours of the best, to the last row if need be."""
 
+    most = sys.maxsize
     options: int
     _at: np.ndarray | None = None
     _left: Iterator[np.ndarray] = iter(())

@@ -54,7 +54,7 @@ def measure(name: str, seed: int, problem: str, results: Results) -> None:
         found = find(
             prepared.model,
             at.budget,
-            prepared.effects,
+            prepared.by_sequence,
             prepared.pools,
             references,
             search,

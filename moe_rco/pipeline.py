@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import astuple, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -68,8 +68,8 @@ LINEARITY_SEQUENCES = 16
 class Prepared:
     """A calibrated model with every option quantised: what a search for any budget starts from.
 
-    `effects` [N, K] is the Fisher estimate of what each option of each group adds to the KL, `errors` what it does
-    to the output of its block.
+    `by_sequence` float32 [R, N, K] is the Fisher estimate of what each option of each group adds to the KL of each sequence of
+    the first pool, `errors` what it does to the output of its block.
     """
 
     checkpoint: Checkpoint
@@ -77,8 +77,13 @@ class Prepared:
     store: Store
     pools: tuple[TokenPool, TokenPool]
     calibrated: Calibrated
-    effects: np.ndarray
+    by_sequence: np.ndarray
     errors: OutputErrors
+
+    @cached_property
+    def effects(self) -> np.ndarray:
+        """The Fisher estimate for all sequences together, float64 [N, K]."""
+        return self.by_sequence.mean(0, dtype=np.float64)
 
 
 def preflight(recipe: Recipe, *, progress: Progress | None = None, overwrite: bool = False) -> Preflight:
@@ -364,15 +369,16 @@ def prepare(ready: Ready, work: Path, progress: Progress, team: Team | None = No
     state = saved.load()
     _log.info("effects of the options: %s", "measured here" if state is None else "there from an earlier run")
     if state is None:
-        effects = fisher_effects(model, pools[0], recipe.search.seed, progress)
+        by_sequence = fisher_effects(model, pools[0], recipe.search.seed, progress)
         errors = output_errors(model, pools[0].every(PROXY_STRIDE), progress)
         state = {
-            name: torch.from_numpy(value) for name, value in {"effects": effects, **vars(errors)}.items()
+            name: torch.from_numpy(value)
+            for name, value in {"by_sequence": by_sequence, **vars(errors)}.items()
         }
         saved.save(state)
     measured = {name: value.numpy() for name, value in state.items()}
-    effects = measured.pop("effects")
-    return Prepared(checkpoint, model, store, pools, calibrated, effects, OutputErrors(**measured))
+    by_sequence = measured.pop("by_sequence")
+    return Prepared(checkpoint, model, store, pools, calibrated, by_sequence, OutputErrors(**measured))
 
 
 def choose(
@@ -401,7 +407,7 @@ def choose(
     return find(
         prepared.model,
         budget,
-        prepared.effects,
+        prepared.by_sequence,
         prepared.pools,
         (prepared.calibrated.train, prepared.calibrated.kept_out),
         recipe.search,

@@ -32,7 +32,12 @@ class Calibration:
     store: Store
     pools: tuple[TokenPool, TokenPool]
     calibrated: Calibrated
-    q: np.ndarray
+    by_sequence: np.ndarray
+
+    @property
+    def q(self) -> np.ndarray:
+        """The Fisher estimate [N, K]."""
+        return self.by_sequence.mean(0, dtype=np.float64)
 
 
 def calibration_of(family: str, place: Path, dense: bool = False, **config: Any) -> Calibration:
@@ -49,5 +54,5 @@ def calibration_of(family: str, place: Path, dense: bool = False, **config: Any)
     original = AssignedModel(runner, adapter, checkpoint.config, bank)
     calibrated = calibrate(original, store, (pools[0], pools[1]), "gptq", Silent())
     model = AssignedModel(runner, adapter, checkpoint.config, bank, store)
-    q = fisher_effects(model, pools[0], 0, Silent())
-    return Calibration(model, store, (pools[0], pools[1]), calibrated, q)
+    effects = fisher_effects(model, pools[0], 0, Silent())
+    return Calibration(model, store, (pools[0], pools[1]), calibrated, effects)

@@ -46,7 +46,7 @@ def log_likelihood_of_samples(
 
 
 def fisher_effects(model: AssignedModel, pool: TokenPool, seed: int, progress: Progress) -> np.ndarray:
-    """q float64 [N, K]: predicted KL per token, in nats, of moving each group alone to each option."""
+    """Predicted KL per token, in nats, of moving each group alone to each option, on each sequence: float32 [R, N, K]."""
     table = model.table
     pruned = [option for option in range(len(table.options)) if option == table.prune_index]
     kept = [option for option in range(len(table.options)) if option != table.prune_index]
@@ -64,11 +64,15 @@ def fisher_effects(model: AssignedModel, pool: TokenPool, seed: int, progress: P
                 weights = None if pool.weights is None else pool.weights[part]
                 loss = log_likelihood_of_samples(torch.from_numpy(np.stack(draws)), temperature, weights)
                 passes.append(Pass(None, loss, measured))
-            total = np.zeros(table.costs.shape)
-            for (measured, _), (_, effects) in zip(wanted, model.own_effects(passes, ids), strict=True):
-                total[:, measured] += effects.squared[:, measured] * ids.numel()
+            found = np.zeros(
+                (size, *table.costs.shape), dtype=np.float32
+            )  # of one shape for all, the last one too
+            for (measured, _), (_, effects) in zip(
+                wanted, model.own_effects(passes, ids, apart=True), strict=True
+            ):
+                found[: len(ids), :, measured] = 0.5 * effects.squared[:, :, measured]
             advance(min(len(pool), len(ids) * model.team.size))
-            return total
+            return found
 
         found = model.team.map(squares, list(pool.batches(size)))
-    return 0.5 * np.sum(found, axis=0) / pool.ids.numel()
+    return np.concatenate(found, dtype=np.float32)[: len(pool)]

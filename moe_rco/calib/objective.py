@@ -44,7 +44,8 @@ class Pass:
 
 @dataclass(frozen=True)
 class Effects:
-    """Effects of all moves, float64 [N, K], per token: `linear` their mean, `squared` their mean square.
+    """Effects of all moves, float64 [N, K] or of each sequence [B, N, K], per token: `linear` their mean, `squared` their mean
+    square.
 
     Of dense groups it is the square of the sum over each sequence, divided by its tokens.
     """
@@ -207,17 +208,22 @@ class AssignedModel:
         return [(float(row[0]), Effects(*row[1:].reshape(2, *shape))) for row in rows]
 
     def own_effects(
-        self, passes: Sequence[Pass], ids: torch.Tensor, stride: int = 1
+        self, passes: Sequence[Pass], ids: torch.Tensor, stride: int = 1, apart: bool = False
     ) -> list[tuple[float, Effects]]:
-        """As `effects`, by this process alone."""
+        """As `effects`, by this process alone; with `apart` those of each sequence, [B, N, K]."""
         streaming, ids = self.bank.streaming, ids.to(self.runner.device)
         together = 1 if streaming is None else max(1, streaming.tokens // ids.numel())
         groups = (passes[start : start + together] for start in range(0, len(passes), together))
-        return [found for group in groups for found in self._effects(group, ids, stride)]
+        return [found for group in groups for found in self._effects(group, ids, stride, apart)]
 
-    def _effects(self, passes: Sequence[Pass], ids: torch.Tensor, stride: int) -> list[tuple[float, Effects]]:
+    def _effects(
+        self, passes: Sequence[Pass], ids: torch.Tensor, stride: int, apart: bool
+    ) -> list[tuple[float, Effects]]:
         choices, measured = [one.choice for one in passes], [one.measured for one in passes]
-        states, inputs = self.states(choices, measured, stride), ids.repeat(len(passes), 1)
+        parts = len(ids) if apart else 1
+        each = [one for one in passes for _ in range(parts)]
+        states = self.states([one.choice for one in each], [one.measured for one in each], stride)
+        inputs = ids.repeat(len(passes), 1)
         dense = self.dense(choices, len(inputs), measured, stride)
         h, context = dense.embed(self.runner, inputs)
         experts, losses = _through(states), [one.loss for one in passes]
@@ -241,22 +247,22 @@ class AssignedModel:
             gradient = first.grad
         if gradient is not None:
             dense.observe_embeddings(self.runner, inputs, gradient)
-        shape = self.table.costs.shape
-        found = [Effects(np.zeros(shape), np.zeros(shape)) for _ in passes]
+        shape = (len(passes), parts, *self.table.costs.shape)
+        linear, squared = np.zeros(shape), np.zeros(shape)
         for layer, state in states.items():
             sums, rows = state.observe, self.table.rows(layer)
             if sums is not None:
-                for number, effects in enumerate(found):
-                    effects.linear[rows] = sums.linear[number].numpy() / sums.tokens
-                    effects.squared[rows] = sums.squared[number].numpy() / sums.tokens
-        tokens = len(ids) * -(-ids.shape[1] // stride)
+                for found, values in ((linear, sums.linear), (squared, sums.squared)):
+                    found[:, :, rows] = values.view(*shape[:2], *values.shape[1:]).numpy() / sums.tokens
+        tokens = len(ids) // parts * -(-ids.shape[1] // stride)
         for state in dense.states:
             if state.sums is not None:
-                by_sequence = state.sums.view(len(passes), len(ids), -1).numpy()
-                for effects, values in zip(found, by_sequence, strict=True):
-                    effects.linear[state.row] = values.sum(0) / tokens
-                    effects.squared[state.row] = np.square(values).sum(0) / tokens
-        return list(zip(totals, found, strict=True))
+                by_sequence = state.sums.view(*shape[:2], len(ids) // parts, -1).numpy()
+                linear[:, :, state.row] = by_sequence.sum(2) / tokens
+                squared[:, :, state.row] = np.square(by_sequence).sum(2) / tokens
+        pairs = zip(linear, squared, strict=True)
+        effects = [Effects(*pair) if apart else Effects(pair[0][0], pair[1][0]) for pair in pairs]
+        return list(zip(totals, effects, strict=True))
 
     def _head(
         self, h: torch.Tensor, losses: Sequence[HeadLoss], dense: Dense

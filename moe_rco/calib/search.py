@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -101,7 +102,7 @@ class Chosen:
 def find(
     model: AssignedModel,
     budget: Budget,
-    q: np.ndarray,
+    by_sequence: np.ndarray,
     pools: tuple[TokenPool, TokenPool],
     references: tuple[Reference, Reference],
     search: Search,
@@ -114,6 +115,7 @@ def find(
 ) -> Chosen:
     """The best assignment found on the kept-out sequences by the recipe's method, which starts from the best candidate.
 
+    `by_sequence` [R, N, K] is what `fisher_effects` says of the first pool.
     With `rco` the first candidate stays unless another is clearly better; what has won its races on the calibration text
     already has only to be better. A method that does not search has its own
     assignments as candidates. `mixed` are assignments outside the table's layout, judged on the same text to tell what
@@ -121,7 +123,7 @@ def find(
     with every record of the history, those of races counted on, before it is kept in `resume`.
     """
     judge = KeptOut(model, pools[1], references[1])
-    job = _Job(model, budget, q, pools, references, search, judge, progress, resume, logits, watch)
+    job = _Job(model, budget, by_sequence, pools, references, search, judge, progress, resume, logits, watch)
     tried = list[Candidate]()
     with progress.stage("judge the candidates", len(candidates)) as advance:
         for name, assignment in candidates.items():
@@ -169,7 +171,7 @@ class _Job:
 
     model: AssignedModel
     budget: Budget
-    q: np.ndarray
+    by_sequence: np.ndarray
     pools: tuple[TokenPool, TokenPool]
     references: tuple[Reference, Reference]
     search: Search
@@ -178,6 +180,11 @@ class _Job:
     resume: Resume | None
     logits: torch.Tensor | None
     watch: Watch
+
+    @cached_property
+    def q(self) -> np.ndarray:
+        """The Fisher estimate [N, K]."""
+        return self.by_sequence.mean(0, dtype=np.float64)
 
     def prefers(self, candidate: Candidate, best: Candidate) -> bool:
         """Whether a candidate is to take the best one's place."""
@@ -282,7 +289,7 @@ class _Job:
             return refine(
                 row_losses(self.model, self.pools[0], self.references[0]), len(self.pools[0]),
                 feasible(table, self.budget), start, self.q, doubt * self.q, passes=passes,
-                challengers=challengers,
+                challengers=challengers, controls=self.by_sequence,
                 units=table.layer if table.layout == "stock" else None,
                 on_step=on_step, state=begun, seed=search.seed,
             )  # fmt: skip

@@ -106,7 +106,7 @@ class WorkDirectory:
 
     def measured(self, store: str, costs: str, seed: int) -> SavedState:
         """What every option would do. It depends on a store (its fingerprint), a cost table (its digest) and a seed."""
-        return SavedState(self.path / "measured.safetensors", f"{store} {costs} {seed}")
+        return SavedState(self.path / "measured.safetensors", f"{store} {costs} {seed}, by sequence")
 
     @property
     def checkpoint(self) -> Path:

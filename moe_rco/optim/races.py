@@ -2,7 +2,8 @@
 
 Proposals are exact optima for a draw of what is believed of every option (Thompson sampling over the knapsack),
 with most groups held where they are. A race runs both assignments on the same rows of data, twice as many in every
-heat, until one of them is clearly ahead; whatever comes out corrects the belief.
+heat, until one of them is clearly ahead; whatever comes out corrects the belief. What was predicted of every row serves as a
+control variate: rows differ mostly in what they use of the groups that change, and that need not be sampled.
 """
 
 from __future__ import annotations
@@ -25,9 +26,12 @@ Losses = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float64]]
 """(choice [N], rows [n] of the data) to the loss on each of these rows [n]."""
 
 RACES = "races"
-FIRST_HEAT, _DOUBTFUL, _ENOUGH, _CLEAR, _LAST = 8, 32, 64, 2.5, 2.0
+FIRST_HEAT, _DOUBTFUL, _ENOUGH, MOST, _CLEAR, _LAST = 8, 32, 32, 128, 2.5, 2.0
 """Rows of the first heat; below how many a challenger may be behind by a standard error; from how many on a lead of
-so many standard errors wins; after all rows one of so many."""
+so many standard errors wins, and after how many, if there are so many, one of so many: what is still in doubt then is worth
+less than the races it would cost."""
+_PRIOR = 8
+"""Rows that the assumption counts for, that the predictions are right up to a constant."""
 _DRAWS, _BLIND = 48, 16
 """Draws before it is said that there is nothing new; from which one on they disregard what was measured, as it may have
 been understood wrongly."""
@@ -43,6 +47,7 @@ def refine(
     *,
     passes: int,
     challengers: Sequence[NDArray[np.int64]] = (),
+    controls: NDArray[np.floating] | None = None,
     units: NDArray[np.int64] | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
     state: Mapping[str, Any] | None = None,
@@ -57,6 +62,7 @@ def refine(
         mean, spread: float64 [N, K], what every option is thought to add to the loss, and how wrong that may be; a
             common factor of the spread is found on the way.
         challengers: choices to race first.
+        controls: [rows, N, K], what every option was thought to add to the loss on each row, before anything was run.
         units: int64 [N]; groups of one unit are held or free together. Each its own where left out.
         on_step, state: as in `minimize`; a step is a race.
 
@@ -66,7 +72,9 @@ def refine(
     start = feasible.checked(start, "the start")
     first = {one.tobytes(): one for one in (feasible.checked(c, "a challenger") for c in challengers)}
     first.pop(start.tobytes(), None)
-    run = _Run(losses, rows, feasible, start, Posterior(mean, spread), list(first.values()), units, seed)
+    run = _Run(
+        losses, rows, feasible, start, Posterior(mean, spread), list(first.values()), units, seed, controls
+    )
     if state is not None:
         run.load(state)
     status = "completed"
@@ -82,6 +90,9 @@ def refine(
 
 
 class _Run:
+    most = MOST
+    """Rows of a race."""
+
     def __init__(
         self,
         losses: Losses,
@@ -92,8 +103,10 @@ class _Run:
         challengers: Sequence[NDArray[np.int64]],
         units: NDArray[np.int64] | None,
         seed: int,
+        controls: NDArray[np.floating] | None = None,
     ) -> None:
         self._losses, self._feasible, self._posterior, self._seed = losses, feasible, posterior, seed
+        self._controls = controls
         self._units = np.unique(np.arange(len(start)) if units is None else units, return_inverse=True)[1]
         self.best, self._first = start, challengers
         self._known = np.full(rows, np.nan)
@@ -153,22 +166,30 @@ class _Run:
         order = order[
             np.argsort(np.isnan(self._known[order]), kind="stable")
         ]  # where the best has been run first
-        found, done, size = np.full(len(order), np.nan), 0, FIRST_HEAT
+        predicted = self._predicted(challenger)
+        found, done, size, most = np.full(len(order), np.nan), 0, FIRST_HEAT, min(self.most, len(order))
         while True:
-            heat = order[done : done + size]
+            heat = order[done : min(done + size, most)]
             missing = heat[np.isnan(self._known[heat])]
             self._known[missing] = self._run(self.best, missing)
             found[heat] = self._run(challenger, heat)
             done += len(heat)
-            changes = (found - self._known)[order[:done]]
-            change, error = float(changes.mean()), float(changes.std() / math.sqrt(done))
-            if done == len(order):
+            change, error = estimate((found - self._known)[order[:done]], predicted[order[:done]], predicted)
+            if done == most:
                 return found, change, error, change < -_LAST * error
             if change > (error if done < _DOUBTFUL else 0.0):
                 return found, change, error, False
             if done >= _ENOUGH and change < -_CLEAR * error:
                 return found, change, error, True
             size = done
+
+    def _predicted(self, challenger: NDArray[np.int64]) -> NDArray[np.float64]:
+        """How the challenger was thought to differ from the best on each row."""
+        if self._controls is None:
+            return np.zeros(len(self._known))
+        moved = np.flatnonzero(challenger != self.best)
+        after, before = (self._controls[:, moved, choice[moved]] for choice in (challenger, self.best))
+        return (after - before).sum(1, dtype=np.float64)
 
     def _run(self, choice: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.float64]:
         if not len(rows):
@@ -178,3 +199,22 @@ class _Run:
         if np.isnan(losses).any():
             raise UserError("the loss of an assignment is not a number")
         return losses
+
+
+def estimate(
+    changes: NDArray[np.float64], predicted: NDArray[np.float64], everywhere: NDArray[np.float64]
+) -> tuple[float, float]:
+    """Mean change of the loss and its standard error, from the changes on some rows and what was predicted on these [n] and on
+    all rows [R]: the regression estimator of two-phase sampling (Cochran, Sampling Techniques, section 12.6).
+
+    The error is that of a mean over text like the rows: on all of them it is the usual one.
+    """
+    rows, spread = len(changes), float(everywhere.var())
+    if not spread:
+        return float(changes.mean()), float(changes.std() / math.sqrt(rows))
+    x, y = predicted - predicted.mean(), changes - changes.mean()
+    slope = float((x @ y + _PRIOR * spread) / (x @ x + _PRIOR * spread))
+    left = float(np.square(y - slope * x).sum() / max(1, rows - 2))
+    explained = max(0.0, float(changes.var()) - left)
+    change = float(changes.mean()) + slope * float(everywhere.mean() - predicted.mean())
+    return change, math.sqrt(left / rows + explained / len(everywhere))

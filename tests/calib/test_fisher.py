@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from moe_rco.calib.fisher import log_likelihood_of_samples
+from moe_rco.calib.fisher import PRUNE_TEMPERATURE, log_likelihood_of_samples
+from moe_rco.calib.objective import Pass
+from tests.calibrated import Calibration
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
@@ -45,3 +48,24 @@ def test_a_weight_scales_the_covariance() -> None:
     p = torch.softmax(row.double(), 0)
     covariance = gradients[1::2].T @ gradients[1::2] / (draws // 2)
     assert torch.allclose(covariance, 4 * (p.diag() - p.outer(p)), atol=0.02)
+
+
+def test_a_sequence_s_effects_are_what_it_gives_by_itself(ready: Calibration) -> None:
+    pool = ready.pools[0]
+    together = ready.by_sequence
+    assert together.shape == (len(pool), *ready.model.table.costs.shape)
+    for row in (0, 5, len(pool) - 1):
+        draws = (np.random.default_rng((0, row, number)).random(pool.ids.shape[1]) for number in (0, 1))
+        prune = ready.model.table.prune_index
+        options = range(len(ready.model.table.options))
+        wanted = [[k for k in options if k != prune], 1.0], [[prune], PRUNE_TEMPERATURE]
+        passes = [
+            Pass(None, log_likelihood_of_samples(torch.from_numpy(draw[None]), temperature), measured)
+            for draw, (measured, temperature) in zip(draws, wanted, strict=True)
+        ]
+        for (measured, _), (_, alone) in zip(
+            wanted, ready.model.own_effects(passes, pool.ids[row : row + 1]), strict=True
+        ):
+            expected = 0.5 * alone.squared[:, measured]
+            found = together[row][:, measured]
+            np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-6 * together.max())

@@ -160,7 +160,7 @@ def stays_and_goes_on(ready: Calibration, method: Any, cut: int) -> None:
     keep = Kept()
     keep.saved.clear()
     whole, resumed = (
-        find(ready.model, budget, ready.q, ready.pools, references, settings, start, Silent(), keep)
+        find(ready.model, budget, ready.by_sequence, ready.pools, references, settings, start, Silent(), keep)
         for _ in range(2)
     )
     whole.best.assignment.check(budget)
@@ -181,7 +181,7 @@ def test_the_result_is_never_worse_than_a_candidate(ready: Calibration) -> None:
         random = knapsack(np.random.default_rng(0).random(ready.q.shape), table, budget)
         seed = knapsack(ready.q, table, budget)
         chosen = find(
-            ready.model, budget, ready.q, ready.pools, references, Search(steps=3, refine=3, samples=2, batch=4),
+            ready.model, budget, ready.by_sequence, ready.pools, references, Search(steps=3, refine=3, samples=2, batch=4),
             {SEED: seed, "random": random}, Silent(),
         )  # fmt: skip
         chosen.best.assignment.check(budget)
@@ -200,7 +200,7 @@ def test_where_the_budget_leaves_no_choice_there_is_no_search(ready: Calibration
     references = (ready.calibrated.train, ready.calibrated.kept_out)
     budget = Budget(table.original_bytes, "everything")
     seed = {SEED: knapsack(ready.q, table, budget)}
-    chosen = find(ready.model, budget, ready.q, ready.pools, references, Search(), seed, Silent())
+    chosen = find(ready.model, budget, ready.by_sequence, ready.pools, references, Search(), seed, Silent())
     assert chosen.best.kl == pytest.approx(0, abs=1e-5)
     assert not chosen.history
 
@@ -227,7 +227,7 @@ def test_the_stock_layout_holds_from_the_seed_to_the_result(
     others = {"free": free, "worse": Assignment.uniform(mixed, Option.parse("prune"))}
     others["worse"].choice[:] = knapsack(-ready.q, mixed, budget).choice
     chosen = find(
-        ready.model, budget, ready.q, ready.pools, references, Search(steps=3, refine=3, samples=2, batch=4),
+        ready.model, budget, ready.by_sequence, ready.pools, references, Search(steps=3, refine=3, samples=2, batch=4),
         {SEED: seed}, Silent(), mixed=others,
     )  # fmt: skip
     assert len(sampled) == 3 * 2

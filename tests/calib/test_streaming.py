@@ -85,8 +85,8 @@ def test_losses_of_a_step(ready: Calibration, streamed: AssignedModel) -> None:
 
 
 def test_the_fisher_estimate_and_output_errors(ready: Calibration, streamed: AssignedModel) -> None:
-    q = fisher_effects(streamed, ready.pools[0], 0, Silent())
-    np.testing.assert_allclose(q, ready.q, rtol=1e-3, atol=1e-6 * ready.q.max())
+    found = fisher_effects(streamed, ready.pools[0], 0, Silent())
+    np.testing.assert_allclose(found, ready.by_sequence, rtol=1e-3, atol=1e-6 * ready.by_sequence.max())
     ours, resident = (output_errors(model, ready.pools[0], Silent()) for model in (streamed, ready.model))
     for name, values in vars(resident).items():
         np.testing.assert_allclose(vars(ours)[name], values, rtol=1e-3, atol=1e-6 * values.max())

@@ -7,7 +7,7 @@ import pytest
 
 from moe_rco.errors import UserError
 from moe_rco.optim import EqualLayers, Knapsack, SolveResult, StepRecord, refine
-from moe_rco.optim.races import FIRST_HEAT
+from moe_rco.optim.races import FIRST_HEAT, estimate
 
 ROWS = 128
 
@@ -26,6 +26,7 @@ class Problem:
         self.estimate = effects * rng.uniform(0.5, 1.5, effects.shape)
         self.feasible = Knapsack(self.costs, int(self.costs.max(1).sum() // 2))
         self.start = self.feasible.solve(-self.estimate).choice
+        self.controls = self._rows * rng.uniform(0.5, 1.5, effects.shape)
         self.passes = 0
 
     def losses(self, choice: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -41,6 +42,44 @@ class Problem:
             self.losses, ROWS, self.feasible, self.start, self.estimate, 0.5 * self.estimate,
             passes=passes, **arguments,  # pyright: ignore[reportArgumentType]
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("truth", [0.0, 1.0, 3.0])
+def test_the_estimate_uses_what_was_predicted_and_knows_its_error(truth: float) -> None:
+    """On text like the rows, of which these themselves are a sample; whatever the predictions are worth."""
+    rng, rows, n = np.random.default_rng(0), 512, 32
+    found = []
+    for _ in range(2000):
+        predicted = rng.exponential(size=rows)
+        changes = truth * (predicted - 1) + 0.5 * rng.standard_normal(rows) - 0.2
+        change, error = estimate(changes[:n], predicted[:n], predicted)
+        found.append((change + 0.2, error, changes[:n].mean() + 0.2))
+    change, error, plain = np.array(found).T
+    assert abs(change.mean()) < 0.2 * change.std()
+    assert (change / error).std() == pytest.approx(1, abs=0.12)
+    assert change.std() < (1.2 if truth == 0 else 0.6) * plain.std()
+
+
+def test_on_all_rows_the_estimate_is_the_mean_with_its_error() -> None:
+    rng = np.random.default_rng(0)
+    predicted = rng.exponential(size=400)
+    changes = predicted + rng.standard_normal(400)
+    for control in (predicted, np.zeros(400)):
+        change, error = estimate(changes, control, control)
+        assert change == pytest.approx(changes.mean())
+        assert error == pytest.approx(changes.std() / 20, rel=0.01)
+
+
+def test_predictions_of_every_row_save_passes() -> None:
+    ends: dict[bool, float] = {}
+    for given in (False, True):
+        ends[given] = 0.0
+        for seed in range(8):
+            problem = Problem(seed)
+            result = problem.refined(600, controls=problem.controls if given else None)
+            ends[given] += problem.value(result.choice)
+            ends[given] -= problem.value(problem.feasible.solve(-problem.effects).choice)
+    assert ends[True] < 0.8 * ends[False]
 
 
 def test_it_closes_most_of_the_gap_that_wrong_estimates_leave() -> None:
