@@ -46,9 +46,8 @@ class _Blank(Posterior):
 
 
 class Swaps(_Run):
-    """Races whose challengers are the neighbours of the best, to the last row if need be."""
+    """Races whose challengers are the neighbours of the best."""
 
-    most = sys.maxsize
     options: int
     _at: np.ndarray | None = None
     _left: Iterator[np.ndarray] = iter(())

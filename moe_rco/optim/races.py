@@ -26,10 +26,9 @@ Losses = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float64]]
 """(choice [N], rows [n] of the data) to the loss on each of these rows [n]."""
 
 RACES = "races"
-FIRST_HEAT, _DOUBTFUL, _ENOUGH, MOST, _CLEAR, _LAST = 8, 32, 32, 128, 2.5, 2.0
+FIRST_HEAT, _DOUBTFUL, _ENOUGH, _CLEAR, _LAST = 8, 32, 32, 2.5, 2.0
 """Rows of the first heat; below how many a challenger may be behind by a standard error; from how many on a lead of
-so many standard errors wins, and after how many, if there are so many, one of so many: what is still in doubt then is worth
-less than the races it would cost."""
+so many standard errors wins; after all rows one of so many."""
 _PRIOR = 8
 """Rows that the assumption counts for, that the predictions are right up to a constant."""
 _DRAWS, _BLIND = 48, 16
@@ -90,9 +89,6 @@ def refine(
 
 
 class _Run:
-    most = MOST
-    """Rows of a race."""
-
     def __init__(
         self,
         losses: Losses,
@@ -167,15 +163,15 @@ class _Run:
             np.argsort(np.isnan(self._known[order]), kind="stable")
         ]  # where the best has been run first
         predicted = self._predicted(challenger)
-        found, done, size, most = np.full(len(order), np.nan), 0, FIRST_HEAT, min(self.most, len(order))
+        found, done, size = np.full(len(order), np.nan), 0, FIRST_HEAT
         while True:
-            heat = order[done : min(done + size, most)]
+            heat = order[done : done + size]
             missing = heat[np.isnan(self._known[heat])]
             self._known[missing] = self._run(self.best, missing)
             found[heat] = self._run(challenger, heat)
             done += len(heat)
             change, error = estimate((found - self._known)[order[:done]], predicted[order[:done]], predicted)
-            if done == most:
+            if done == len(order):
                 return found, change, error, change < -_LAST * error
             if change > (error if done < _DOUBTFUL else 0.0):
                 return found, change, error, False
