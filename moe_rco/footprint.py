@@ -59,7 +59,9 @@ class Shapes:
 
     @property
     def references(self) -> int:
-        return self.tokens * (min(TOP, self.vocabulary - 1) * 8 + 4)
+        """What the search keeps of every token, and of every sequence for every option of an expert, on the host."""
+        sequence = 4 * self.layers * self.experts * (self.kept + 1)
+        return self.tokens * (min(TOP, self.vocabulary - 1) * 8 + 4) + self.tokens // self.length * sequence
 
     @property
     def activations(self) -> int:
@@ -120,7 +122,7 @@ def resident(shapes: Shapes, on_host: bool) -> Footprint:
     text = s.batch * s.length
     search = s.layers * text * (s.graph + s.routed) + text * s.backward + s.logits
     calibrate = s.activations + min(WORKSPACE, s.experts * s.quantising)
-    memory = dense + max(expert + calibrate, expert * (1 + s.kept) + search)
+    memory = dense + max(expert + calibrate, expert * (1 + s.kept) + search) + s.references * on_host
     return _placed(s, memory, 0, None, on_host)
 
 
