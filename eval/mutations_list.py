@@ -70,7 +70,7 @@ MUTATIONS = (
         "a challenger wins that is no better", "optim/test_races.py",
     ),
     _m(
-        "optim/races.py", "changes = (found - self._known)[order[:done]]", "changes = (found - self._known)[:done]",
+        "optim/races.py", "(found - self._known)[order[:done]]", "(found - self._known)[:done]",
         "sequences are compared that were not run", "optim/test_races.py",
     ),
     _m(

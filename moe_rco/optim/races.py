@@ -209,7 +209,8 @@ def estimate(
     if not spread:
         return float(changes.mean()), float(changes.std() / math.sqrt(rows))
     x, y = predicted - predicted.mean(), changes - changes.mean()
-    slope = float((x @ y + _PRIOR * spread) / (x @ x + _PRIOR * spread))
+    # Not x @ y, whose rounding depends on where in memory they lie.
+    slope = float(((x * y).sum() + _PRIOR * spread) / (np.square(x).sum() + _PRIOR * spread))
     left = float(np.square(y - slope * x).sum() / max(1, rows - 2))
     explained = max(0.0, float(changes.var()) - left)
     change = float(changes.mean()) + slope * float(everywhere.mean() - predicted.mean())
