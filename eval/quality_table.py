@@ -37,7 +37,9 @@ def _commits(records: Records, methods: Sequence[str]) -> list[str]:
     """Which methods were run at which commit."""
     made: dict[str, list[str]] = {}
     for method in methods:
-        commits = sorted({record["commit"] for record in records if record["method"] == method})
+        commits = sorted(
+            {record.get("commit", "unknown") for record in records if record["method"] == method}
+        )
         if commits:
             made.setdefault(", ".join(commits), []).append(method)
     return [f"Commit {commits}: {', '.join(names)}." for commits, names in made.items()] + [""]

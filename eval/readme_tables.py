@@ -1,7 +1,4 @@
-"""The README's tables of held-out KL, from what `eval.quality` has kept.
-
-python -m eval.readme_tables
-"""
+"""The README's tables of held-out KL, from what `eval.quality` has kept: `python -m eval.readme_tables` writes them."""
 
 from __future__ import annotations
 
@@ -27,7 +24,8 @@ _SEEDED = (FISHER, RCO)
 
 @dataclass(frozen=True)
 class Table:
-    """A results file by its name, the columns of the README's table and what the share in its second one is of."""
+    """A table of the README: its results file, whether its second column is the `budget` or what is `pruned`, and its methods'
+    columns."""
 
     file: str
     share: str

@@ -19,7 +19,7 @@ from moe_rco.optim.trace import StepRecord
 
 Method = Literal["rco", "penalty", "lagrangian", "evolution"]
 SEARCHES: dict[str, Method] = {method: method for method in get_args(Method)}
-"""By their names."""
+"""The methods by name, for names from elsewhere."""
 BACKWARD = 2
 """Forward passes that a backward pass is counted as."""
 
@@ -64,8 +64,8 @@ def solve(
     The other arguments, and errors, are those of `minimize`. `evaluations` of the result counts calls of the
     loss, or forward passes of evolution.
     """
-    if method not in get_args(Method):
-        raise UserError(f"no method {method!r}; there are {', '.join(get_args(Method))}")
+    if method not in SEARCHES:
+        raise UserError(f"no method {method!r}; there are {', '.join(SEARCHES)}")
     costs = torch.as_tensor(costs)
     if feasible is None:
         feasible = Knapsack(costs, budget, floor=floor, layer=layer, allowed=allowed)
