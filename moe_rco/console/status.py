@@ -8,7 +8,7 @@ from rich.console import Console
 
 from moe_rco.console.parts import bytes_, stdout, table_of, uncertainty
 
-if TYPE_CHECKING:  # it loads transformers, which takes seconds
+if TYPE_CHECKING:  # it loads numba, which only `status` needs
     from moe_rco.progress import Status
 
 
