@@ -63,6 +63,7 @@ class Rival:
 
 RIVALS = {
     "RCO": Rival("rco", _RCO),
+    "RCO, float32": Rival("rco", (*_RCO, "--float32")),
     "RCO, 64 sequences": Rival("rco", _RCO, 64),
     "RCO, equal layers": Rival("rco", (*_RCO, "--per-layer-budget")),
     "REAP": Rival("reap"),

@@ -3,13 +3,15 @@
     python -P eval/published_rco.py CLONE MODEL TOKENS.npy RESULT.json --pruned 0.25 [options of its search]
 
 Its own `main` does all the work: its file loader reads the token ids, and what is taken is the mask it saves, its
-last iterate. One thing is changed: the device of its logits, cuda:0 in its source, is the CPU. Loading the model is
-not timed; the original's log-probabilities count as preparation.
+last iterate. One thing is changed: the device of its logits, cuda:0 in its source, is the CPU; and with --float32 the
+model is not loaded in bfloat16, which takes many times longer on a CPU that has no instructions for it. Loading the
+model is not timed; the original's log-probabilities count as preparation.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import itertools
 import json
@@ -33,10 +35,14 @@ class _CpuTorch:
         return torch.device("cpu")
 
 
-def search(clone: Path, model: str, tokens: np.ndarray, pruned: str, options: list[str]) -> dict[str, Any]:
+def search(
+    clone: Path, model: str, tokens: np.ndarray, pruned: str, float32: bool, options: list[str]
+) -> dict[str, Any]:
     """The experts it prunes, [layers][experts] of 0 and 1, and the seconds it took."""
     sys.path.insert(0, str(clone))
     program: Any = importlib.import_module("rco_search_prune")
+    if float32:
+        program.load_model = functools.partial(program.load_model, dtype="float32")
     importlib.import_module("search.prune").torch = _CpuTorch()  # pyright: ignore[reportAttributeAccessIssue]
     preparation = 0.0
     build_ref_cache = program.build_ref_cache
@@ -77,9 +83,10 @@ def main() -> None:
     parser.add_argument("tokens", type=Path)
     parser.add_argument("result", type=Path)
     parser.add_argument("--pruned", required=True)
-    arguments, options = parser.parse_known_args()
-    found = search(arguments.clone, arguments.model, np.load(arguments.tokens), arguments.pruned, options)
-    arguments.result.write_text(json.dumps(found), encoding="utf-8")
+    parser.add_argument("--float32", action="store_true")
+    given, options = parser.parse_known_args()
+    found = search(given.clone, given.model, np.load(given.tokens), given.pruned, given.float32, options)
+    given.result.write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":
