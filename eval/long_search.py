@@ -100,7 +100,8 @@ def render(records: list[dict[str, Any]], command: str) -> str:
     lines = [
         "# What a long search by exact swaps finds", "", f"Made by `{command}`.", "",
         "From the assignment that the search returned, KL in nats per token on the calibration text the swaps were raced on, on",
-        "the text kept out of the first search, and on the held-out text.",
+        "the text kept out of the first search, and on the held-out text. The last line of a table is where the time that it was",
+        "given had passed, or no swap was left.",
     ]  # fmt: skip
     for record in records:
         lines += [
