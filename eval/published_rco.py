@@ -3,9 +3,9 @@
     python -P eval/published_rco.py CLONE MODEL TOKENS.npy RESULT.json --pruned 0.25 [options of its search]
 
 Its own `main` does all the work: its file loader reads the token ids, and what is taken is the mask it saves, its
-last iterate. One thing is changed: the device of its logits, cuda:0 in its source, is the CPU; and with --float32 the
-model is not loaded in bfloat16, which takes many times longer on a CPU that has no instructions for it. Loading the
-model is not timed; the original's log-probabilities count as preparation.
+last iterate. Two things are changed: the device of its logits, cuda:0 in its source, is the CPU; and with --float32 the
+model is loaded in that, in place of bfloat16. Loading the model is not timed; the original's log-probabilities count as
+preparation.
 """
 
 from __future__ import annotations
@@ -84,9 +84,10 @@ def main() -> None:
     parser.add_argument("result", type=Path)
     parser.add_argument("--pruned", required=True)
     parser.add_argument("--float32", action="store_true")
-    given, options = parser.parse_known_args()
-    found = search(given.clone, given.model, np.load(given.tokens), given.pruned, given.float32, options)
-    given.result.write_text(json.dumps(found), encoding="utf-8")
+    arguments, options = parser.parse_known_args()
+    tokens = np.load(arguments.tokens)
+    found = search(arguments.clone, arguments.model, tokens, arguments.pruned, arguments.float32, options)
+    arguments.result.write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

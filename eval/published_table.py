@@ -20,7 +20,8 @@ statistics and the effect of every expert, once a model and good for every budge
   sequences each, learning rate 0.1, KL over 20 tokens; in bfloat16, as it loads models. A sequence has 256 tokens here, as the
   models are small; it is made for 2,048. "RCO" has all our training sequences, as many tokens as its 64 of 2,048;
   "64 sequences" is its default number; "equal layers" adds `--per-layer-budget`; "float32" loads the model in that, for a
-  CPU without instructions for bfloat16, on which the same takes many times longer. Its last iterate counts: it returns no other.
+  CPU without instructions for bfloat16 (one bfloat16 run was given up there after 15 minutes). Its last iterate counts: it
+  returns no other.
 - REAP (CerebrasResearch/reap): its observer and its pruning with default arguments, in bfloat16; equally many experts
   of every layer. No search.
 

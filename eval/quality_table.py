@@ -29,7 +29,8 @@ def render(records: Records, methods: Sequence[str], command: str) -> str:
 
 _INTRODUCTION = """KL(original || compressed) in nats per token, whole
 vocabulary, shipped held-out text of all domains: mean over seeds +- standard deviation. A rival is the best
-of its variants *on the held-out text*. Every method of one (model, seed) chooses among the same GPTQ weights.
+of its variants *on the held-out text*. Every method of one (model, seed) chooses among the same GPTQ weights, to rounding
+where machines differed. What was run at different commits may be of different machines: compare times within one.
 """
 
 
