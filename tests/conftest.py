@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and the
 for _name in ("FORCE_COLOR", "COLUMNS", "MOE_RCO_DEBUG"):
     os.environ.pop(_name, None)
 
+import torch  # noqa: E402
+
 from moe_rco.adapters import FAMILIES  # noqa: E402
 from tests.calibrated import Calibration, calibration_of  # noqa: E402
+
+torch.set_num_threads(1)
 
 MINIMAL = """\
 version: 1
@@ -28,6 +33,15 @@ calibration:
   data: demo
 output: out/test
 """
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Two threads in each of two processes on two cores wait for each other: thirty times as long."""
+    yield
+    left = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert left == 1, f"this test leaves torch with {left} threads to all that follow"
 
 
 @pytest.fixture

@@ -28,7 +28,10 @@ Losses = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float64]]
 RACES = "races"
 FIRST_HEAT, _DOUBTFUL, _ENOUGH, _CLEAR, _LAST = 8, 32, 32, 2.5, 2.0
 """Rows of the first heat; below how many a challenger may be behind by a standard error; from how many on a lead of
-so many standard errors wins; after all rows one of so many."""
+so many standard errors wins; after the last row one of so many."""
+_LONG, _SHARE = 128, 8
+"""No challenger is run on more rows than this, or an eighth of all passes where that is more: two that differ by next to
+nothing would be run on every row, and what matters never be tried."""
 _PRIOR = 8
 """Rows that the assumption counts for, that the predictions are right up to a constant."""
 _DRAWS, _BLIND = 48, 16
@@ -71,9 +74,10 @@ def refine(
     start = feasible.checked(start, "the start")
     first = {one.tobytes(): one for one in (feasible.checked(c, "a challenger") for c in challengers)}
     first.pop(start.tobytes(), None)
+    longest = max(_LONG, passes // _SHARE)
     run = _Run(
-        losses, rows, feasible, start, Posterior(mean, spread), list(first.values()), units, seed, controls
-    )
+        losses, rows, feasible, start, Posterior(mean, spread), list(first.values()), units, seed, controls, longest
+    )  # fmt: skip
     if state is not None:
         run.load(state)
     status = "completed"
@@ -100,9 +104,10 @@ class _Run:
         units: NDArray[np.int64] | None,
         seed: int,
         controls: NDArray[np.floating] | None = None,
+        longest: int | None = None,
     ) -> None:
         self._losses, self._feasible, self._posterior, self._seed = losses, feasible, posterior, seed
-        self._controls = controls
+        self._controls, self._longest = controls, longest
         self._units = np.unique(np.arange(len(start)) if units is None else units, return_inverse=True)[1]
         self.best, self._first = start, challengers
         self._known = np.full(rows, np.nan)
@@ -159,11 +164,10 @@ class _Run:
     ) -> tuple[NDArray[np.float64], float, float, bool]:
         """The challenger's losses where it was run, its mean change and standard error, and whether it won."""
         order = rng.permutation(len(self._known))
-        order = order[
-            np.argsort(np.isnan(self._known[order]), kind="stable")
-        ]  # where the best has been run first
+        # Those first where the best has been run.
+        order = order[np.argsort(np.isnan(self._known[order]), kind="stable")][: self._longest]
         predicted = self._predicted(challenger)
-        found, done, size = np.full(len(order), np.nan), 0, FIRST_HEAT
+        found, done, size = np.full(len(self._known), np.nan), 0, FIRST_HEAT
         while True:
             heat = order[done : done + size]
             missing = heat[np.isnan(self._known[heat])]

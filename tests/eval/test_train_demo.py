@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +26,6 @@ MODELS = {
     "mixtral": (REPOSITORY / "eval" / "models" / "mixtral", 6e6, 8),
     "qwen2_moe": (REPOSITORY / "eval" / "models" / "qwen2_moe", 6e6, 16),
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Products this small are faster on one thread, and the training uses one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tiny_config() -> Qwen3MoeConfig:

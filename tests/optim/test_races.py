@@ -181,6 +181,18 @@ def test_one_that_is_far_worse_costs_one_heat() -> None:
     assert np.array_equal(result.choice, problem.start)
 
 
+@pytest.mark.parametrize(("passes", "rows"), [(1, 128), (1920, 240), (100_000, 4000)])
+def test_a_near_tie_costs_a_part_of_the_passes(passes: int, rows: int) -> None:
+    """No number of rows tells these two apart, though the challenger seems a little ahead all along."""
+    noise = np.random.default_rng(2).standard_normal(4000)
+    noise -= noise.mean() + 0.02
+    result = refine(
+        lambda choice, rows: noise[rows] * choice[0], 4000, Knapsack(np.array([[0, 1]]), 1), np.array([0]),
+        np.zeros((1, 2)), np.ones((1, 2)), passes=passes, challengers=[np.array([1])], seed=2,
+    )  # fmt: skip
+    assert result.history[0].evaluations == 2 * rows  # of both
+
+
 def test_units_are_held_together_so_that_layers_can_move() -> None:
     layer = np.repeat(np.arange(3), 4)
     costs = np.tile([0, 4, 8], (12, 1))
