@@ -162,6 +162,7 @@ def test_threads_change_nothing() -> None:
         x, logits = inputs(40)
         x = x.to(dtype)
         assert torch.equal(_run(x, logits, *experts._arguments, 3), experts(x, logits))
+    torch.set_num_threads(1)  # numba starts one for every core, of the runtime that torch uses too
 
 
 def test_bytes_held_are_the_bytes_on_disk() -> None:
