@@ -50,6 +50,9 @@ from moe_rco.witness import Witness
 
 EXIT_INTERRUPTED = 130
 _DEBUG_VARIABLE = "MOE_RCO_DEBUG"
+_SPINS = "1000"
+"""How often a thread without work looks for some before it sleeps: what libgomp itself takes where it knows that there are more
+threads than cores, in place of 300,000."""
 _witness = Witness()
 _stopping = Stopping(_witness.over)
 
@@ -510,6 +513,8 @@ def main() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault(LIBRARIES_BARS, "1")
     if sys.argv[1:2] == ["prune"]:
+        # libgomp reads it when torch is loaded. Threads that spin while others want their core make everything wait.
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
         _witness.begin(f"error: {unsaid()}")
     _stopping.install()
     try:
