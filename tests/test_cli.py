@@ -277,7 +277,7 @@ def run_fault(fault: str, *arguments: str, **environment: str) -> subprocess.Com
     )
 
 
-@pytest.mark.parametrize(("given", "read"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+@pytest.mark.parametrize(("given", "read"), [({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
 def test_threads_do_not_spin_on_cores_that_others_want(given: dict[str, str], read: str) -> None:
     """As libgomp tells itself, loaded by torch."""
     command = [sys.executable, "-m", "moe_rco.cli", "prune", "--recipe", "demo", "--dry-run"]
