@@ -142,7 +142,10 @@ def render(records: Sequence[dict[str, Any]], command: str) -> str:
         "# What was tried in the gradient search", "", f"Made by `{command}`.", "",
         f"Searches of {STEPS} steps of {SAMPLES} samples on 4 sequences, or as many passes; no races after them. Held-out KL of",
         "a variant over that of the search as it is: geometric mean over models and seeds, +- its standard error, and in how",
-        "many of the cases the variant is lower. Below 1 is better than what is used.", "",
+        "many of the cases the variant is lower. Below 1 is better than what is used. Seeds: " + "; ".join(
+            f"{model} {', '.join(str(seed) for seed in sorted({s for m, _, s in cases if m == model}))}"
+            for model in sorted({m for m, _, _ in cases})
+        ) + ".", "",
         "| variant | " + " | ".join(f"{p} | lower" for p in PROBLEMS) + " |",
         "|:--|" + "--:|" * 2 * len(PROBLEMS),
     ]  # fmt: skip
