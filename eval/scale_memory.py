@@ -16,13 +16,13 @@ from eval.timing import ratio
 from moe_rco import pipeline
 from moe_rco import recipe as recipes
 from moe_rco.calib.search import knapsack
+from moe_rco.checks import make_ready
 from moe_rco.ckpt.reader import Checkpoint
 from moe_rco.ckpt.rewrite import rewrite
 from moe_rco.ckpt.store import Store
 from moe_rco.ckpt.workdir import WorkDirectory
 from moe_rco.job import size
 from moe_rco.plan import Plan
-from moe_rco.preflight import make_ready
 from moe_rco.recipe import DEMO_CALIBRATION
 from moe_rco.report import Report
 from moe_rco.types import Silent

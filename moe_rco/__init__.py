@@ -55,5 +55,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'moe_rco' has no attribute '{name}'")
     module, attribute = _LAZY[name]
     value = getattr(import_module(module), attribute)
-    globals()[name] = value  # `preflight` is also a submodule: the function must win once it was asked for
+    globals()[name] = value
     return value

@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moe_rco import page
-from moe_rco import preflight as checks
+from moe_rco import checks, page
 from moe_rco.baselines import (
     PROXY_STRIDE,
     SIMPLE,

@@ -314,7 +314,7 @@ def test_interrupt() -> None:
 
 
 def test_a_dry_run_counts_the_text_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moe_rco.preflight.stage_times", lambda *arguments: {})
+    monkeypatch.setattr("moe_rco.checks.stage_times", lambda *arguments: {})
     settings = ("--output", tmp_path / "out", "--set", "calibration.sequences=100000000")
     result = run("prune", "--recipe", "demo", "--dry-run", *settings)
     assert result.exit_code == 0
@@ -329,7 +329,7 @@ def test_what_prints_a_table_prints_json_too(command: str) -> None:
 
 
 def test_inspect_and_a_dry_run_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moe_rco.preflight.stage_times", lambda *arguments: {})
+    monkeypatch.setattr("moe_rco.checks.stage_times", lambda *arguments: {})
     model = save_tiny("qwen3_moe", tmp_path / "model")
     found = json.loads(run("inspect", model, "--json").stdout)
     assert (found["num_experts"], found["top_k"], found["directory"]) == (8, 2, str(model))

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from moe_rco import recipe as recipes
+from moe_rco.checks import make_ready
 from moe_rco.ckpt.header import read_header
 from moe_rco.errors import ModelError
 from moe_rco.forecast import stage_times
 from moe_rco.pipeline import prune
-from moe_rco.preflight import make_ready
 from moe_rco.trial import Cost
 from moe_rco.types import Silent
 from tests.tiny_job import save_job

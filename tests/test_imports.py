@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import moe_rco
+
 PACKAGE = Path(__file__).resolve().parent.parent / "moe_rco"
 
 # Lowest first. A room may import itself and what stands before it.
@@ -47,7 +49,7 @@ ROOMS = (
     "footprint",
     "trial",
     "forecast",
-    "preflight",
+    "checks",
     "clock",
     "reporting",
     "pipeline",
@@ -145,3 +147,9 @@ def test_the_checks_see_imports_inside_functions() -> None:
     assert rooms_imported(ast.parse(code), path) == [("pipeline", 2), ("types", 3), ("cli", 4)]
     nested = ast.parse("from ..errors import UserError\nfrom . import grid\n")
     assert rooms_imported(nested, PACKAGE / "quant" / "rtn.py") == [("errors", 1), ("quant", 2)]
+
+
+def test_no_public_name_is_a_module_s_too() -> None:
+    """Importing that module, as another public name may, would put it in the name's place."""
+    modules = {path.stem if path.is_file() else path.name for path in PACKAGE.iterdir()}
+    assert not modules & set(moe_rco.__all__)

@@ -288,7 +288,7 @@ def test_it_is_told_before_the_long_work(
 
 def test_a_dry_run_makes_no_repository(hub: Hub, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
-    monkeypatch.setattr("moe_rco.preflight.stage_times", lambda *_: {})
+    monkeypatch.setattr("moe_rco.checks.stage_times", lambda *_: {})
     words = ("prune", "--recipe", "recipe.yaml", "--output", "later", "--dry-run", "--push-to-hub", "you/dry")
     assert moe_rco(*words).exit_code == 0
     assert "you/dry" not in hub.repositories
