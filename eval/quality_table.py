@@ -67,33 +67,37 @@ def _summary(records: Records, cases: list[tuple[str, float]], methods: Sequence
     ]
     over_seed: dict[tuple[str, float], float] = {}
     for case in cases:
-        by_method = {m: [r["kl"] for r in _of(records, case, m)] for m in methods}
+        by_method = {m: {r["seed"]: r["kl"] for r in _of(records, case, m)} for m in methods}
         rivals = {m: v for m, v in by_method.items() if v and m not in (FISHER, RCO)}
         fisher, rco = by_method[FISHER], by_method[RCO]
-        if not rivals or not rco or len(rco) != len(fisher):
+        if not rivals or not rco or rco.keys() != fisher.keys():
             continue
-        rival = min(rivals, key=lambda m: statistics.mean(rivals[m]))
-        theirs, ours = statistics.mean(rivals[rival]), statistics.mean(rco)
-        pairs = [a - b for a, b in zip(rco, fisher, strict=True)]
+        means = {m: statistics.mean(kls.values()) for m, kls in rivals.items()}
+        # A rival that was run with some of the seeds is compared over those.
+        ratios = {m: statistics.mean(rco[seed] for seed in kls) / means[m] for m, kls in rivals.items()}
+        rival = max(ratios, key=ratios.__getitem__)
+        pairs = [rco[seed] - fisher[seed] for seed in rco]
         # Two standard errors of the paired difference; with one seed there is no spread to go by.
         noise = 2 * _spread(pairs) / len(pairs) ** 0.5 if len(pairs) > 1 else 0.0
-        verdict = "below every rival" if ours < theirs else f"LOST to {rival}"
+        verdict = "below every rival" if ratios[rival] < 1 else f"LOST to {rival}"
         verdict += "" if statistics.mean(pairs) <= noise else ", above the Fisher seed"
         lines.append(
-            f"| {case[0]} | {case[1]:.0%} | {rival} | {theirs:.5f} | {_figure(fisher)} | {_figure(rco)} | "
-            f"{ours / theirs:.2f} | {statistics.mean(pairs):+.5f} +- {_spread(pairs):.5f} | {verdict} |"
+            f"| {case[0]} | {case[1]:.0%} | {rival} | {means[rival]:.5f} | {_figure(fisher)} | {_figure(rco)} | "
+            f"{ratios[rival]:.2f} | {statistics.mean(pairs):+.5f} +- {_spread(pairs):.5f} | {verdict} |"
         )
-        over_seed[case] = ours / statistics.mean(fisher)
+        over_seed[case] = statistics.mean(rco.values()) / statistics.mean(fisher.values())
     small = [ratio for case, ratio in over_seed.items() if case[1] <= 0.25]
-    means = [(f"the {len(over_seed)} rows", list(over_seed.values()))]
+    rows = [(f"the {len(over_seed)} rows", list(over_seed.values()))]
     if 0 < len(small) < len(over_seed):
-        means.append((f"the {len(small)} at 25 % and below", small))
-    text = ", ".join(f"{statistics.mean(ratios):.3f} over {rows}" for rows, ratios in means if ratios)
+        rows.append((f"the {len(small)} at 25 % and below", small))
+    text = ", ".join(f"{statistics.mean(values):.3f} over {name}" for name, values in rows if values)
     return [*lines, "", *([f"RCO / Fisher seed on average: {text}.", ""] if text else [])]
 
 
-def _figure(values: Sequence[float]) -> str:
-    return f"{statistics.mean(values):.5f} +- {_spread(values):.5f}"
+def _figure(by_seed: dict[int, float]) -> str:
+    values = list(by_seed.values())
+    spread = f" +- {_spread(values):.5f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.5f}{spread}"
 
 
 def _case(records: Records, model: str, ratio: float, methods: Sequence[str]) -> list[str]:
@@ -116,7 +120,7 @@ def _case(records: Records, model: str, ratio: float, methods: Sequence[str]) ->
         slack = max(1 - row["cost"] / row["budget"] for row in rows)
         seconds = statistics.mean(row["seconds"] for row in rows)
         lines.append(
-            f"| {method} | {_figure([row['kl'] for row in rows])} | {seeds} | {variants} | {cost:,} | "
+            f"| {method} | {_figure({row['seed']: row['kl'] for row in rows})} | {seeds} | {variants} | {cost:,} | "
             f"{slack:.3%} | {seconds:.0f} s |"
         )
     return [*lines, ""]
