@@ -31,7 +31,7 @@ def _verdict(records: list[dict[str, Any]], method: str) -> list[str]:
 
 def test_the_verdict_is_over_the_seeds_both_were_run_with() -> None:
     ours = [_record("ours", 0, 1.0, 10), _record("ours", 1, 9.0, 90)]
-    row = _verdict([*ours, _record("RCO", 0, 2.0, 20)], "RCO")
+    row = _verdict([*ours, _record("RCO", 0, 2.0, 20), _record("RCO", 2, 7.0, 70)], "RCO")
     assert row[3:] == ["0.50", "0.50", "1", "lower in less time"]
 
 
