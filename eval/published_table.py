@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from eval.results_file import made_at
+
 Records = Sequence[dict[str, Any]]
 
 _INTRODUCTION = """Experts are pruned, all others stay as they are; everyone prunes the same number of them, of the same files,
@@ -36,6 +38,8 @@ def render(records: Records, ours: str, command: str) -> str:
     parts = [
         f"# Against published code\n\nMade by `{command}`.\n",
         _INTRODUCTION,
+        *made_at(records, list(dict.fromkeys(record["method"] for record in records))),
+        "",
         *_verdicts(records, cases, ours),
     ]
     for case in cases:

@@ -29,7 +29,7 @@ import torch
 
 from eval.prepared import MODELS, Subject, inputs_of, recipe_of, subject
 from eval.quality_table import render
-from eval.results_file import Results, commit
+from eval.results_file import Results
 from eval.rivals import FISHER, LINEARITY, PROXY, RCO, SEARCHES, UNIFORM, Methods, Variants
 from moe_rco.calib.measure import Scores, measure
 from moe_rco.reload import Assigned
@@ -119,7 +119,6 @@ def measure_model(
         variants = methods.all(budget, at_ratio)[method]()
         chosen = time.monotonic() - start
         record = {"model": name, "ratio": ratio, "seed": seed, "method": method, "inputs": inputs}
-        record["commit"] = commit()
         record |= {"budget": budget.bytes, "original": prepared.sized.table.original_bytes}
         record["seconds"] = round(chosen, 1)
         record |= record_of(judge, variants, budget) if variants else {"kl": None}

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from eval.results_file import made_at
 from eval.rivals import FISHER, RCO
 
 Records = Sequence[dict[str, Any]]
@@ -18,7 +19,8 @@ def render(records: Records, methods: Sequence[str], command: str) -> str:
         "# Held-out KL at equal bytes\n",
         f"Made by `{command}`.\n",
         _INTRODUCTION,
-        *_commits(records, methods),
+        *made_at(records, methods),
+        "",
         *_summary(records, cases, methods),
     ]
     for case in cases:
@@ -32,18 +34,6 @@ vocabulary, shipped held-out text of all domains: mean over seeds +- standard de
 of its variants *on the held-out text*. Every method of one (model, seed) chooses among the same GPTQ weights, to rounding
 where machines differed. What was run at different commits may be of different machines: compare times within one.
 """
-
-
-def _commits(records: Records, methods: Sequence[str]) -> list[str]:
-    """Which methods were run at which commit."""
-    made: dict[str, list[str]] = {}
-    for method in methods:
-        commits = sorted(
-            {record.get("commit", "unknown") for record in records if record["method"] == method}
-        )
-        if commits:
-            made.setdefault(", ".join(commits), []).append(method)
-    return [f"Commit {commits}: {', '.join(names)}." for commits, names in made.items()] + [""]
 
 
 def _of(records: Records, case: tuple[str, float], method: str | None = None) -> Records:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ Key = tuple[str, float, int, str]
 
 
 class Results:
-    """Records by key in a JSON file. One made from other inputs (model, text, settings) is made again."""
+    """Records by key in a JSON file, with the commit that made them. One made from other inputs (model, text, settings)
+    is made again."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -28,7 +30,7 @@ class Results:
         return record if record is not None and record["inputs"] == inputs else None
 
     def put(self, record: dict[str, Any]) -> None:
-        self._records[_key(record)] = record
+        self._records[_key(record)] = record | {"commit": commit()}
         self._path.parent.mkdir(parents=True, exist_ok=True)
         partial = self._path.with_suffix(".tmp")
         ordered = [self._records[key] for key in sorted(self._records)]
@@ -42,6 +44,16 @@ def commit() -> str:
     command = ["git", "describe", "--always", "--abbrev=7", "--exclude=*", "--dirty=+"]
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
+
+
+def made_at(records: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list[str]:
+    """Which methods' records were made at which commit: a line for every set of commits."""
+    made: dict[str, list[str]] = {}
+    for method in methods:
+        commits = {record.get("commit", "unknown") for record in records if record["method"] == method}
+        if commits:
+            made.setdefault(", ".join(sorted(commits)), []).append(method)
+    return [f"Commit {commits}: {', '.join(names)}." for commits, names in made.items()]
 
 
 def _key(record: dict[str, Any]) -> Key:
