@@ -14,16 +14,16 @@ _INTRODUCTION = """Experts are pruned, all others stay as they are; everyone pru
 with the same calibration token ids. KL(original || pruned) in nats per token, whole vocabulary, shipped held-out text of all
 domains, judged as deployed (pruned experts masked before top-k): mean over seeds +- standard deviation.
 
-Times are wall-clock on one CPU core, one run after another, without loading the model. Preparation: for us, calibration
-statistics and the effect of every expert, once a model and good for every budget; for RCO, the original's log-probabilities.
+Times are wall-clock on one CPU core, ours and the rivals' one after another, without loading the model. Preparation: for us,
+calibration statistics and the effect of every expert, once a model and good for every budget; for RCO, the original's
+log-probabilities.
 
 - ours: the demo recipe's search. It also looks at the sequences kept out (a fifth of the text), to choose among candidates.
 - RCO (IST-DASLab/RCO): the options of its `scripts/run_search_prune.sh`, so 300 steps of 4 antithetic samples on 4
-  sequences each, learning rate 0.1, KL over 20 tokens; in bfloat16, as it loads models. A sequence has 256 tokens here, as the
-  models are small; it is made for 2,048. "RCO" has all our training sequences, as many tokens as its 64 of 2,048;
-  "64 sequences" is its default number; "equal layers" adds `--per-layer-budget`; "float32" loads the model in that, for a
-  CPU without instructions for bfloat16 (one bfloat16 run was given up there after 15 minutes). Its last iterate counts: it
-  returns no other.
+  sequences each, learning rate 0.1, KL over 20 tokens; in bfloat16, as it loads models, on a CPU with instructions for that. A
+  sequence has 256 tokens here, as the models are small; it is made for 2,048. "RCO" has all our training sequences, as many
+  tokens as its 64 of 2,048; "64 sequences" is its default number; "equal layers" adds `--per-layer-budget`; "float32" loads
+  the model in that. Its last iterate counts: it returns no other.
 - REAP (CerebrasResearch/reap): its observer and its pruning with default arguments, in bfloat16; equally many experts
   of every layer. No search.
 
