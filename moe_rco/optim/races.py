@@ -26,13 +26,12 @@ Losses = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float64]]
 """(choice [N], rows [n] of the data) to the loss on each of these rows [n]."""
 
 RACES = "races"
-FIRST_HEAT, _DOUBTFUL, _ENOUGH, _CLEAR, _LAST = 8, 32, 32, 2.5, 1.0
+FIRST_HEAT, _DOUBTFUL, _ENOUGH, _CLEAR, _LAST = 8, 32, 32, 2.5, 2.0
 """Rows of the first heat; below how many a challenger may be behind by a standard error; from how many on a lead of
-so many standard errors wins; after the last row one of so many: five in six that are so far ahead are better, and more
-rows spent on being surer find less than other challengers do."""
-_LONG, _SHARE = 96, 20
-"""No challenger is run on more rows than this, or a twentieth of all passes where that is more: a few that differ by next to
-nothing would take nearly all of them, and what matters never be tried."""
+so many standard errors wins; after the last row one of so many."""
+_LONG, _SHARE = 128, 8
+"""No challenger is run on more rows than this, or an eighth of all passes where that is more: two that differ by next to
+nothing would be run on every row, and what matters never be tried."""
 _PRIOR = 8
 """Rows that the assumption counts for, that the predictions are right up to a constant."""
 _DRAWS, _BLIND = 48, 16

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 
@@ -183,7 +181,7 @@ def test_one_that_is_far_worse_costs_one_heat() -> None:
     assert np.array_equal(result.choice, problem.start)
 
 
-@pytest.mark.parametrize(("passes", "rows"), [(1, 96), (1920, 96), (40_000, 2000), (100_000, 4000)])
+@pytest.mark.parametrize(("passes", "rows"), [(1, 128), (1920, 240), (100_000, 4000)])
 def test_a_near_tie_costs_a_part_of_the_passes(passes: int, rows: int) -> None:
     """No number of rows tells these two apart, though the challenger seems a little ahead all along."""
     noise = np.random.default_rng(2).standard_normal(4000)
@@ -193,18 +191,6 @@ def test_a_near_tie_costs_a_part_of_the_passes(passes: int, rows: int) -> None:
         np.zeros((1, 2)), np.ones((1, 2)), passes=passes, challengers=[np.array([1])], seed=2,
     )  # fmt: skip
     assert result.history[0].evaluations == 2 * rows  # of both
-
-
-@pytest.mark.parametrize(("lead", "wins"), [(0.9, False), (1.1, True)])
-def test_after_its_last_row_a_lead_of_one_standard_error_wins(lead: float, wins: bool) -> None:
-    noise = np.tile([1.0, -1.0], 20)  # too few rows to win before the last
-    changes = noise - lead / math.sqrt(40)
-    result = refine(
-        lambda choice, rows: changes[rows] * choice[0], 40, Knapsack(np.array([[0, 1]]), 1), np.array([0]),
-        np.zeros((1, 2)), np.ones((1, 2)), passes=1, challengers=[np.array([1])], seed=3,
-    )  # fmt: skip
-    assert result.history[0].evaluations == 2 * 40
-    assert result.choice[0] == wins
 
 
 def test_units_are_held_together_so_that_layers_can_move() -> None:
