@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -191,6 +193,17 @@ def test_a_near_tie_costs_a_part_of_the_passes(passes: int, rows: int) -> None:
         np.zeros((1, 2)), np.ones((1, 2)), passes=passes, challengers=[np.array([1])], seed=2,
     )  # fmt: skip
     assert result.history[0].evaluations == 2 * rows  # of both
+
+
+@pytest.mark.parametrize(("lead", "wins"), [(1.9, False), (2.1, True)])
+def test_after_its_last_row_a_lead_of_two_standard_errors_wins(lead: float, wins: bool) -> None:
+    changes = np.tile([1.0, -1.0], 14) - lead / math.sqrt(28)  # too few rows to win before the last
+    result = refine(
+        lambda choice, rows: changes[rows] * choice[0], 28, Knapsack(np.array([[0, 1]]), 1), np.array([0]),
+        np.zeros((1, 2)), np.ones((1, 2)), passes=1, challengers=[np.array([1])], seed=3,
+    )  # fmt: skip
+    assert result.history[0].evaluations == 2 * 28
+    assert result.choice[0] == wins
 
 
 def test_units_are_held_together_so_that_layers_can_move() -> None:
