@@ -32,6 +32,7 @@ def render(records: Records, methods: Sequence[str], command: str) -> str:
 _INTRODUCTION = """KL(original || compressed) in nats per token, whole
 vocabulary, shipped held-out text of all domains: mean over seeds +- standard deviation. A rival is the best
 of its variants *on the held-out text*; one run with fewer seeds is compared with RCO's results of those.
+RCO / rival has the standard error of the seeds' ratios: what is within two of it of 1 is undecided, won or lost.
 Every method of one (model, seed) chooses among the same GPTQ weights, to rounding
 where machines differed. What was run at different commits may be of different machines: compare times within one.
 """
@@ -61,21 +62,25 @@ def _summary(records: Records, cases: list[tuple[str, float]], methods: Sequence
         by_method = {m: {r["seed"]: r["kl"] for r in _of(records, case, m)} for m in methods}
         rivals = {m: v for m, v in by_method.items() if v and m not in (FISHER, RCO)}
         fisher, rco = by_method[FISHER], by_method[RCO]
-        if not rivals or not rco or rco.keys() != fisher.keys():
+        if not rco or rco.keys() != fisher.keys():
             continue
         means = {m: statistics.mean(kls.values()) for m, kls in rivals.items()}
         # A rival that was run with some of the seeds is compared over those.
         ratios = {m: statistics.mean(rco[seed] for seed in kls) / means[m] for m, kls in rivals.items()}
-        rival = max(ratios, key=ratios.__getitem__)
+        rival = max(ratios, key=ratios.__getitem__, default="-")
+        cells, verdict = ["-", "-"], "no rival was run"
+        if ratios:
+            each = [rco[seed] / kl for seed, kl in rivals[rival].items()]
+            cells = [f"{means[rival]:.5f}", f"{ratios[rival]:.2f}{_error(each)}"]
+            verdict = "below every rival" if ratios[rival] < 1 else f"LOST to {rival}"
         pairs = [rco[seed] - fisher[seed] for seed in rco]
         # Two standard errors of the paired difference; with one seed there is no spread to go by.
         noise = 2 * _spread(pairs) / len(pairs) ** 0.5 if len(pairs) > 1 else 0.0
-        verdict = "below every rival" if ratios[rival] < 1 else f"LOST to {rival}"
         verdict += "" if statistics.mean(pairs) <= noise else ", above the Fisher seed"
         figures = [_figure(list(kls.values())) for kls in (fisher, rco)]
         lines.append(
-            f"| {case[0]} | {case[1]:.0%} | {rival} | {means[rival]:.5f} | {figures[0]} | {figures[1]} | "
-            f"{ratios[rival]:.2f} | {statistics.mean(pairs):+.5f} +- {_spread(pairs):.5f} | {verdict} |"
+            f"| {case[0]} | {case[1]:.0%} | {rival} | {cells[0]} | {figures[0]} | {figures[1]} | "
+            f"{cells[1]} | {statistics.mean(pairs):+.5f} +- {_spread(pairs):.5f} | {verdict} |"
         )
         over_seed[case] = statistics.mean(rco.values()) / statistics.mean(fisher.values())
     small = [ratio for case, ratio in over_seed.items() if case[1] <= 0.25]
@@ -84,6 +89,10 @@ def _summary(records: Records, cases: list[tuple[str, float]], methods: Sequence
         rows.append((f"the {len(small)} at 25 % and below", small))
     text = ", ".join(f"{statistics.mean(values):.3f} over {name}" for name, values in rows if values)
     return [*lines, "", *([f"RCO / Fisher seed on average: {text}.", ""] if text else [])]
+
+
+def _error(values: Sequence[float]) -> str:
+    return f" +- {_spread(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
 
 
 def _figure(values: Sequence[float]) -> str:

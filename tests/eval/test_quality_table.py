@@ -28,7 +28,7 @@ OURS = _records(RCO, {0: 1.0, 1: 3.0}) + _records(FISHER, {0: 2.0, 1: 3.0})
 
 def test_the_verdict_names_the_best_rival_and_the_ratio_to_it() -> None:
     row = _summary(OURS + _records("evolution", {0: 2.5, 1: 2.5}) + _records("penalty", {0: 4.0, 1: 4.0}))
-    assert (row[2], row[3], row[6], row[8]) == ("evolution", "2.50000", "0.80", "below every rival")
+    assert (row[2], row[3], row[6], row[8]) == ("evolution", "2.50000", "0.80 +- 0.40", "below every rival")
     assert row[7] == "-0.50000 +- 0.70711"
 
 
@@ -50,6 +50,12 @@ def test_above_the_fisher_seed_is_told() -> None:
     assert (
         _summary(records + _records("evolution", {0: 9.0}))[8] == "below every rival, above the Fisher seed"
     )
+
+
+def test_without_rivals_the_fisher_seed_is_still_compared_with() -> None:
+    row = _summary(OURS)
+    assert (row[2], row[3], row[6], row[8]) == ("-", "-", "-", "no rival was run")
+    assert row[7] == "-0.50000 +- 0.70711"
 
 
 def test_a_method_that_does_not_fit_has_no_figure() -> None:
