@@ -1,7 +1,7 @@
 """What is left to gain: exact swaps on the true loss, for an hour, from what the search returned.
 
     OMP_NUM_THREADS=1 python -m eval.long_search
-    OMP_NUM_THREADS=1 python -m eval.long_search --models qwen2_moe --minutes 5 --output out/long.md
+    OMP_NUM_THREADS=1 python -m eval.long_search --models qwen2_moe --problems 'all options, 20 %' --minutes 5
 
 Every assignment that differs in one group or two (64 partners for each first move where there are many) is raced against
 the best so far on the calibration sequences, in random order, from anew after every success; nothing is foretold. It
@@ -11,8 +11,6 @@ ends early where no swap is left, and takes what is better on the calibration te
 from __future__ import annotations
 
 import itertools
-import shlex
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -95,10 +93,11 @@ def search(name: str, seed: int, problem: str, minutes: float) -> list[dict[str,
     return points
 
 
-def render(records: list[dict[str, Any]], command: str) -> str:
+def render(records: list[dict[str, Any]]) -> str:
     """The tables in Markdown."""
     lines = [
-        "# What a long search by exact swaps finds", "", f"Made by `{command}`.", "",
+        "# What a long search by exact swaps finds", "",
+        "Made by `python -m eval.long_search`, some models and problems at a time.", "",
         "From the assignment that the search returned, KL in nats per token on the calibration text the swaps were raced on, on",
         "the text kept out of the first search, and on the held-out text. The last line of a table is where the time that it was",
         "given had passed, or no swap was left.",
@@ -106,7 +105,7 @@ def render(records: list[dict[str, Any]], command: str) -> str:
     for record in records:
         lines += [
             "",
-            f"## {record['model']}, seed {record['seed']}, {record['method']}\n",
+            f"## {record['model']}, seed {record['seed']}, {record['method']} (commit {record['commit']})\n",
             "| minutes | sequences run | races | groups moved | calibration | kept out | held out |",
             "|--:|--:|--:|--:|--:|--:|--:|",
         ]
@@ -121,21 +120,18 @@ def render(records: list[dict[str, Any]], command: str) -> str:
 def main() -> None:
     parser = options(__doc__, "long_search.md")
     parser.set_defaults(models=["mixtral"], seeds=[0])
+    parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
     parser.add_argument("--minutes", type=float, default=60.0)
     arguments = parser.parse_args()
-    results, records = Results(arguments.output.with_suffix(".json")), []
-    for name, seed, problem in itertools.product(arguments.models, arguments.seeds, PROBLEMS):
+    results = Results(arguments.output.with_suffix(".json"))
+    for name, seed, problem in itertools.product(arguments.models, arguments.seeds, arguments.problems):
         settings, ratio = PROBLEMS[problem]
         key, inputs = (name, ratio, seed, problem), inputs_of(recipe_of(name, seed, settings))
-        record = results.get(key, inputs)
-        if record is None:
+        if results.get(key, inputs) is None:
             print(f"{name}, seed {seed}, {problem}", flush=True)
             record = {"model": name, "ratio": ratio, "seed": seed, "method": problem, "inputs": inputs}
-            record["points"] = search(name, seed, problem, arguments.minutes)
-            results.put(record)
-        records.append(record)
-        command = shlex.join(["python", "-m", "eval.long_search", *sys.argv[1:]])
-        arguments.output.write_text(render(records, command), encoding="utf-8")
+            results.put(record | {"points": search(name, seed, problem, arguments.minutes)})
+    arguments.output.write_text(render(results.all()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -29,12 +29,15 @@ class Results:
         record = self._records.get(key)
         return record if record is not None and record["inputs"] == inputs else None
 
+    def all(self) -> list[dict[str, Any]]:
+        """Every record there is, by key."""
+        return [self._records[key] for key in sorted(self._records)]
+
     def put(self, record: dict[str, Any]) -> None:
         self._records[_key(record)] = record | {"commit": commit()}
         self._path.parent.mkdir(parents=True, exist_ok=True)
         partial = self._path.with_suffix(".tmp")
-        ordered = [self._records[key] for key in sorted(self._records)]
-        partial.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(self.all(), indent=1) + "\n", encoding="utf-8")
         os.replace(partial, self._path)
 
 
