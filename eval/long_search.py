@@ -105,7 +105,7 @@ def render(records: list[dict[str, Any]]) -> str:
     for record in records:
         lines += [
             "",
-            f"## {record['model']}, seed {record['seed']}, {record['method']} (commit {record['commit']})\n",
+            f"## {record['model']}, seed {record['seed']}, {record['method']}{_made(record)}\n",
             "| minutes | sequences run | races | groups moved | calibration | kept out | held out |",
             "|--:|--:|--:|--:|--:|--:|--:|",
         ]
@@ -115,6 +115,10 @@ def render(records: list[dict[str, Any]]) -> str:
             for p in record["points"]
         ]
     return "\n".join(lines) + "\n"
+
+
+def _made(record: dict[str, Any]) -> str:
+    return f" (commit {record['commit']})" if "commit" in record else ""
 
 
 def main() -> None:
