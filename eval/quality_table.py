@@ -83,6 +83,8 @@ def _summary(records: Records, cases: list[tuple[str, float]], methods: Sequence
             f"{cells[1]} | {statistics.mean(pairs):+.5f} +- {_spread(pairs):.5f} | {verdict} |"
         )
         over_seed[case] = statistics.mean(rco.values()) / statistics.mean(fisher.values())
+    if not over_seed:
+        return []
     small = [ratio for case, ratio in over_seed.items() if case[1] <= 0.25]
     rows = [(f"the {len(over_seed)} rows", list(over_seed.values()))]
     if 0 < len(small) < len(over_seed):
