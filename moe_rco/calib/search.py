@@ -25,7 +25,6 @@ from moe_rco.optim import (
     refine,
     solve,
 )
-from moe_rco.optim.gumbel import temperature
 from moe_rco.optim.races import RACES
 from moe_rco.optim.solve import BACKWARD, SEARCHES
 from moe_rco.optim.solver import SEARCH
@@ -191,6 +190,8 @@ class _Job:
         """Whether a candidate is to take the best one's place."""
         if self.search.method != "rco" or candidate.name == REFINED:
             return candidate.kl < best.kl
+        if candidate.name == self.search.method and self.search.races:
+            return False  # it has to win a race first, and is then part of what was refined
         return self.judge.prefers(candidate.assignment.choice, best.assignment.choice)
 
     def results(
@@ -213,13 +214,10 @@ class _Job:
             first = {"found": torch.from_numpy(choice), "found.history": pack_history(history)}
             first["found.logits"] = logits
             challengers.append(choice)
-            found = self._candidate(search.method, choice)
-            if self.prefers(found, best):
-                best = found
-            yield found, history, logits if logits.numel() else None
-        before = len(history)
-        if (races := search.races - max(0, before - search.search_steps)) > 0:
-            result = self._refined(best.assignment.choice, challengers, state, first, before, races)
+            yield self._candidate(search.method, choice), history, logits if logits.numel() else None
+        if search.races:
+            before = len(history)
+            result = self._refined(best.assignment.choice, challengers, state, first, before)
             later = (replace(record, step=before + record.step) for record in result.history)
             yield self._candidate(REFINED, result.choice), tuple(later), None
 
@@ -227,62 +225,40 @@ class _Job:
         return Candidate(name, Assignment(self.model.table, choice), self.judge(choice))
 
     def _searched(self, start: Candidate, state: Mapping[str, Any]) -> SolveResult:
-        """The search's steps; then more of them in place of races, for as long as that pays."""
         search, table, budget = self.search, self.model.table, self.budget
-        steps, every = search.search_steps, search.evaluate_every
-        most = steps + search.races
+        steps = search.search_steps
         loss = SampledLoss(self.model, self.q, self.pools[0], self.references[0], search)
-        shared: dict[str, Any] = {
-            "feasible": feasible(table, budget), "evaluate": self.judge, "evaluate_every": every,
-            "seed": search.seed, "samples": search.samples,
-            "floor": table.floors, "layer": table.layer, "allowed": torch.from_numpy(table.allowed),
-        }  # fmt: skip
-        total = steps
-        if search.method == "evolution":
-            total = evolution_steps(steps, search.samples)
-            value = batch_losses(self.model, self.pools[0], self.references[0], search)
-            shared |= {"value": value, "start": start.assignment.choice}
-        else:
-            logits = start_logits(self.q, start.assignment) if self.logits is None else self.logits
-            shared |= {"lr": search.learning_rate, "init_logits": logits, "weight": search.penalty * start.kl}
+        evolution = search.method == "evolution"
+        total = evolution_steps(steps, search.samples) if evolution else steps
+        with self.progress.stage("search", total) as advance:
+            if state:
+                loss.skip(state["step"])
+                advance(state["step"])
 
-        def run(end: int, advance: Callable[[int], None]) -> SolveResult:
             def on_step(record: StepRecord) -> None:
-                nonlocal state
                 self.watch(SEARCH, record)
                 self._save(record, {})
                 _tell("search", record)
                 advance(1)
-                state = record.state()
 
-            costs, method = torch.from_numpy(table.costs), SEARCHES[search.method]
-            if search.method != "evolution":
-                shared["tau"] = (
-                    search.tau_start,
-                    temperature(end - 1, most, (search.tau_start, search.tau_end)),
-                )
-            given = shared | {"steps": end, "on_step": on_step, "state": state or None}
-            return solve(costs, budget.bytes, loss, method=method, **given)
-
-        done = int(state["step"]) if state else 0
-        loss.skip(done)
-        with self.progress.stage("search", total) as advance:
-            advance(min(done, total))
-            result = run(steps, advance)
-        if not search.races or (
-            done <= steps and not self.judge.prefers(result.choice, start.assignment.choice)
-        ):
-            return result
-        end, pays = steps, True
-        with self.progress.stage("search on", search.races) as advance:
-            advance(max(0, done - steps))
-            while end < most and pays:
-                end = min(end + every, most)
-                if end >= done:  # what was done before an interruption had paid
-                    result = run(end, advance)
-                    # Of two looks at the kept-out sequences in a row, one has to find something better.
-                    pays = result.history[end - 1].best < result.history[max(0, end - 1 - 2 * every)].best
-        return result
+            shared: dict[str, Any] = {
+                "feasible": feasible(table, budget), "evaluate": self.judge, "evaluate_every": search.evaluate_every,
+                "on_step": on_step, "state": state or None, "seed": search.seed, "samples": search.samples,
+                "steps": steps, "floor": table.floors, "layer": table.layer, "allowed": torch.from_numpy(table.allowed),
+            }  # fmt: skip
+            if evolution:
+                value = batch_losses(self.model, self.pools[0], self.references[0], search)
+                shared |= {"value": value, "start": start.assignment.choice}
+            else:
+                shared |= {"lr": search.learning_rate, "tau": (search.tau_start, search.tau_end)}
+                shared |= {
+                    "init_logits": start_logits(self.q, start.assignment)
+                    if self.logits is None
+                    else self.logits,
+                    "weight": search.penalty * start.kl,
+                }
+            costs = torch.from_numpy(table.costs)
+            return solve(costs, budget.bytes, loss, method=SEARCHES[search.method], **shared)
 
     def _refined(
         self,
@@ -291,13 +267,12 @@ class _Job:
         state: Mapping[str, Any],
         first: Mapping[str, torch.Tensor],
         before: int,
-        races: int,
     ) -> SolveResult:
         search, table = self.search, self.model.table
         doubt = np.full(len(table.options), DOUBT)
         if table.prune_index is not None:
             doubt[table.prune_index] = DOUBT_OF_PRUNING
-        passes = races * search.samples * (1 + BACKWARD) * search.batch
+        passes = search.races * search.samples * (1 + BACKWARD) * search.batch
         begun = state if "races.best" in state else None
         done = min(passes, int(begun["races.passes"])) if begun else 0
         with self.progress.stage("refine by races", passes) as advance:

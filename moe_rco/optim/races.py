@@ -26,7 +26,7 @@ Losses = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float64]]
 """(choice [N], rows [n] of the data) to the loss on each of these rows [n]."""
 
 RACES = "races"
-FIRST_HEAT, _DOUBTFUL, _ENOUGH, _CLEAR, _LAST = 8, 32, 32, 2.5, 1.0
+FIRST_HEAT, _DOUBTFUL, _ENOUGH, _CLEAR, _LAST = 8, 32, 32, 2.5, 2.0
 """Rows of the first heat; below how many a challenger may be behind by a standard error; from how many on a lead of
 so many standard errors wins; after the last row one of so many."""
 _LONG, _SHARE = 128, 8

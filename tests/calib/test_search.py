@@ -16,10 +16,10 @@ from moe_rco.calib.objective import Pass
 from moe_rco.calib.reference import divergence
 from moe_rco.calib.search import REFINED, SEED, find, knapsack
 from moe_rco.ckpt.store import Store
-from moe_rco.optim.solve import BACKWARD, SEARCHES
+from moe_rco.optim.solve import SEARCHES
 from moe_rco.recipe_sections import Search
 from moe_rco.types import Assignment, Budget, Option, Silent
-from tests.calibrated import CPU, Calibration, Totals, calibration_of
+from tests.calibrated import CPU, Calibration, calibration_of
 
 
 def test_gptq_beats_rounding_on_the_calibration_tokens(ready: Calibration) -> None:
@@ -128,7 +128,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Calibration:
     return calibration_of("qwen3_moe", tmp_path_factory.mktemp("one"))
 
 
-@pytest.mark.parametrize("cut", [1, 11, 12, 14, -1])
+@pytest.mark.parametrize("cut", [1, -1])
 def test_the_search_stays_within_the_budget_and_goes_on_where_it_was(ready: Calibration, cut: int) -> None:
     stays_and_goes_on(ready, "rco", cut)
 
@@ -170,28 +170,6 @@ def stays_and_goes_on(ready: Calibration, method: Any, cut: int) -> None:
     assert whole.best.kl < next(c.kl for c in whole.candidates if c.name == "random")
     assert whole.history == resumed.history
     assert np.array_equal(whole.best.assignment.choice, resumed.best.assignment.choice)
-
-
-def test_a_search_that_pays_goes_on_in_place_of_races(one: Calibration) -> None:
-    table, references = one.model.table, (one.calibrated.train, one.calibrated.kept_out)
-    budget = Budget(int(table.original_bytes * 0.2), "test")
-    settings = Search(steps=6, refine=6, samples=2, batch=2, evaluate_every=2)
-    start = knapsack(np.random.default_rng(0).random(one.q.shape), table, budget)
-    for pays in (True, False):  # from a random assignment, and from what was found from that
-        stages = Totals()
-        chosen = find(
-            one.model, budget, one.by_sequence, one.pools, references, settings, {"start": start}, stages
-        )
-        judge = KeptOut(one.model, one.pools[1], references[1])
-        steps = sum(record.tau > 0 for record in chosen.history)
-        assert (steps > 6) == pays == ("search on" in stages.seen)
-        best = [record.best for record in chosen.history[1:steps:2]]  # after every look
-        better = [later < earlier for earlier, later in zip(best, best[2:], strict=False)]
-        assert all(better[1:-1])
-        assert not pays or steps == 12 or not better[-1]
-        assert stages.seen.get("refine by races", 0) == (12 - steps) * 2 * 2 * (1 + BACKWARD)
-        assert judge(chosen.best.assignment.choice) <= judge(start.choice)
-        start = chosen.best.assignment
 
 
 def test_the_result_is_never_worse_than_a_candidate(ready: Calibration) -> None:
