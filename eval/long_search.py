@@ -19,7 +19,7 @@ import numpy as np
 
 from eval.posed import options, pose
 from eval.prepared import Lines, inputs_of, recipe_of
-from eval.results_file import Results
+from eval.results_file import Results, made_at
 from moe_rco.calib.losses import row_losses
 from moe_rco.calib.search import feasible
 from moe_rco.optim.posterior import Posterior
@@ -100,12 +100,13 @@ def render(records: list[dict[str, Any]]) -> str:
         "Made by `python -m eval.long_search`, some models and problems at a time.", "",
         "From the assignment that the search returned, KL in nats per token on the calibration text the swaps were raced on, on",
         "the text kept out of the first search, and on the held-out text. The last line of a table is where the time that it was",
-        "given had passed, or no swap was left.",
+        "given had passed, or no swap was left.", "",
+        *made_at(records, list(PROBLEMS)),
     ]  # fmt: skip
     for record in records:
         lines += [
             "",
-            f"## {record['model']}, seed {record['seed']}, {record['method']}{_made(record)}\n",
+            f"## {record['model']}, seed {record['seed']}, {record['method']}\n",
             "| minutes | sequences run | races | groups moved | calibration | kept out | held out |",
             "|--:|--:|--:|--:|--:|--:|--:|",
         ]
@@ -115,10 +116,6 @@ def render(records: list[dict[str, Any]]) -> str:
             for p in record["points"]
         ]
     return "\n".join(lines) + "\n"
-
-
-def _made(record: dict[str, Any]) -> str:
-    return f" (commit {record['commit']})" if "commit" in record else ""
 
 
 def main() -> None:

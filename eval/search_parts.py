@@ -17,7 +17,7 @@ from typing import Any
 
 from eval.posed import Posed, options, pose
 from eval.prepared import Lines, inputs_of, recipe_of
-from eval.results_file import Results
+from eval.results_file import Results, made_at
 from moe_rco.calib.search import REFINED, SEED, find
 from moe_rco.recipe_sections import SearchMethod
 from moe_rco.types import Assignment
@@ -83,6 +83,7 @@ def render(records: Sequence[dict[str, Any]]) -> str:
         "Held-out KL in nats per token of what a part ends with, by seed, at equal passes and from the same start: the",
         "candidate that is lowest on the kept-out text. Whether it may replace its start is not asked here. The last rows are",
         "the mean of the logarithm of a column's ratio to the start, as a ratio: of each problem, and of all.", "",
+        *made_at(records, list(PROBLEMS)), "",
         "| model | problem | seed | " + " | ".join(columns) + " |", "|---" * (3 + len(columns)) + "|",
     ]  # fmt: skip
     for record in records:
