@@ -40,23 +40,23 @@ def part_names(budgets: Sequence[Budget]) -> tuple[str, ...]:
 
 
 class Effort(_Part):
-    """What the search for one budget takes at most."""
+    """What the search for one budget takes at most; a step that is taken in place of races stands for `step_passes`."""
 
     search_steps: int
     race_passes: int
+    step_passes: int
 
     @classmethod
     def of(cls, search: Search, table: CostTable, budget: Budget) -> Self:
         smallest, largest = table.range
         # Where the budget leaves no choice there is no search.
         if search.method not in SEARCHES or not smallest < budget.bytes < largest:
-            return cls(search_steps=0, race_passes=0)
+            return cls(search_steps=0, race_passes=0, step_passes=0)
         steps = search.search_steps
         if search.method == "evolution":
             steps = evolution_steps(steps, search.samples)
-        return cls(
-            search_steps=steps, race_passes=search.races * search.samples * (1 + BACKWARD) * search.batch
-        )
+        passes = search.samples * (1 + BACKWARD) * search.batch
+        return cls(search_steps=steps, race_passes=search.races * passes, step_passes=passes)
 
 
 class Run(_Part):
@@ -262,8 +262,10 @@ def _part_done(part: Part, store: str, run: Run, effort: Effort) -> _Done:
     if shards is not None:
         return _Done(effort.search_steps, effort.race_passes, len(shards["shards"]), shards["total"])
     state = part.search(store, run.search).load() or {}
-    steps = effort.search_steps if "races.best" in state else int(state.get("step", 0))
-    passes = int(state.get("races.passes", 0))
+    steps = len(state["found.history"]) if "found.history" in state else int(state.get("step", 0))
+    passes = int(state.get("races.passes", 0)) + max(0, steps - effort.search_steps) * effort.step_passes
+    if "races.best" in state:
+        steps = effort.search_steps  # also where there were none
     return _Done(min(steps, effort.search_steps), min(passes, effort.race_passes))
 
 

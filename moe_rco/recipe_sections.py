@@ -114,7 +114,9 @@ class Search(Section):
     """How the choice is made, and how long for.
 
     Every `evaluate_every` steps the most probable assignment is judged on the kept-out sequences. Then `rco` refines the best
-    one by races, for as long as `refine` steps take; other searches take so many steps more.
+    one by races for as long as `refine` steps take; where the first assignment's loss is more than 1.75 times what was predicted,
+    more steps come before, for as long as one of the last two looks found something better. Other searches take
+    so many steps more.
     """
 
     method: SearchMethod = "rco"
@@ -122,7 +124,7 @@ class Search(Section):
     steps: int = Field(default=300, ge=0, le=MOST)
     """Steps of gradient search. With 0 the first assignment, an exact knapsack, is refined at once."""
     refine: int = Field(default=300, ge=0, le=MOST)
-    """How long races refine the best assignment, in steps."""
+    """How long the best assignment is refined, in steps."""
     samples: int = Field(default=4, ge=2, le=MOST, multiple_of=2)
     """Gumbel samples a step, in antithetic pairs: each is a model that could be deployed."""
     batch: int = Field(default=4, ge=1, le=MOST)
@@ -142,7 +144,7 @@ class Search(Section):
 
     @property
     def races(self) -> int:
-        """How long races refine what the search found, in steps."""
+        """How long races may refine what the search found, in steps."""
         return self.refine if self.method == "rco" else 0
 
     @property

@@ -52,7 +52,7 @@ calibration:
 search:
   method: rco             # or what it is compared with: evolution, penalty, fisher, proxy, reap ...
   steps: 300
-  refine: 300             # then the best is improved by races, for as long as so many steps take
+  refine: 300             # then races improve the best, as long as so many steps take; more steps before, where they pay
   samples: 4              # assignments tried per step, in pairs
   batch: 4                # sequences per sample
   learning_rate: 0.1

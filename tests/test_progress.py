@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,6 +19,7 @@ from moe_rco.pipeline import prune
 from moe_rco.progress import Effort, Run, status
 from moe_rco.recipe import load
 from moe_rco.types import Option
+from tests.calibrated import Totals
 from tests.reports import report
 
 RUN = Run(
@@ -33,7 +32,7 @@ RUN = Run(
     seed=0,
     layers=3,
     options=("int4-g64", "int8-g64"),
-    budgets={"": Effort(search_steps=40, race_passes=960)},
+    budgets={"": Effort(search_steps=40, race_passes=960, step_passes=24)},
 )
 
 
@@ -78,8 +77,12 @@ def test_the_stages_one_after_the_other(work: WorkDirectory) -> None:
     expected["search steps"] = (30, 40)
     assert stages(work) == expected
 
-    search.save({"races.best": torch.zeros(1), "races.passes": 96})
-    expected |= {"search steps": (40, 40), "race passes": (96, 960)}
+    search.save({"step": 46})  # six in place of races
+    expected |= {"search steps": (40, 40), "race passes": (144, 960)}
+    assert stages(work) == expected
+
+    search.save({"races.best": torch.zeros(1), "races.passes": 96, "found.history": torch.zeros(46, 8)})
+    expected["race passes"] = (240, 960)
     assert stages(work) == expected
 
     manifest = ShardManifest(work.part().shards, "f r more")
@@ -172,18 +175,6 @@ def test_a_damaged_report(tmp_path: Path) -> None:
         status(tmp_path)
 
 
-class Totals:
-    """A Progress that remembers how long every stage was to be."""
-
-    def __init__(self) -> None:
-        self.seen: dict[str, int] = {}
-
-    @contextmanager
-    def stage(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
-        self.seen[title] = total
-        yield lambda units: None
-
-
 @pytest.mark.parametrize(
     ("method", "ratio"), [("rco", 0.25), ("rco", 1), ("evolution", 0.25), ("fisher", 0.25)]
 )
@@ -214,8 +205,8 @@ def test_the_totals_are_those_of_the_run(
 
 def test_several_budgets_are_added_up(work: WorkDirectory) -> None:
     efforts = {
-        "50pct": Effort(search_steps=40, race_passes=960),
-        "25pct": Effort(search_steps=40, race_passes=0),
+        "50pct": Effort(search_steps=40, race_passes=960, step_passes=24),
+        "25pct": Effort(search_steps=40, race_passes=0, step_passes=24),
     }
     RUN.model_copy(update={"budgets": efforts}).save(work)
     Store(work.store, "f")

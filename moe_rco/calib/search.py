@@ -25,6 +25,7 @@ from moe_rco.optim import (
     refine,
     solve,
 )
+from moe_rco.optim.gumbel import temperature
 from moe_rco.optim.races import RACES
 from moe_rco.optim.solve import BACKWARD, SEARCHES
 from moe_rco.optim.solver import SEARCH
@@ -37,6 +38,9 @@ SEED, REFINED = "fisher seed", "rco, refined"
 START_BONUS = 1.0
 DOUBT, DOUBT_OF_PRUNING = 0.25, 0.5
 """Standard error of the Fisher estimate of an option, as a part of it; the races find by how much that is off."""
+FAR_OFF = 1.75
+"""How many times what is predicted of the first assignment its loss has to be for gradients to go before races, which rely
+on what is predicted."""
 
 
 def feasible(table: CostTable, budget: Budget) -> FeasibleSet:
@@ -141,8 +145,9 @@ def find(
             tried.append(_told(found))
             history += records
             final = final if ended is None else ended
-            if job.prefers(found, best):
-                best = found
+        # What races follow has to win one, and is then part of what they end with.
+        if history and job.prefers(tried[-1], best):
+            best = tried[-1]
     others = [Candidate(name, other, judge(other.choice)) for name, other in (mixed or {}).items()]
     compared = min(others, key=lambda candidate: candidate.kl, default=None)
     _log.info("chosen: %s", best.name)
@@ -153,6 +158,12 @@ def _told(candidate: Candidate) -> Candidate:
     cost = candidate.assignment.cost
     _log.info("candidate %s: KL %.5f on text kept out, %s bytes", candidate.name, candidate.kl, f"{cost:,}")
     return candidate
+
+
+def _pays(result: SolveResult, last: int) -> bool:
+    """Whether the `last` steps found something better on the kept-out sequences."""
+    bests = [record.best for record in result.history]
+    return bests[-1] < bests[max(0, len(bests) - 1 - last)]
 
 
 def _tell(name: str, record: StepRecord) -> None:
@@ -190,8 +201,6 @@ class _Job:
         """Whether a candidate is to take the best one's place."""
         if self.search.method != "rco" or candidate.name == REFINED:
             return candidate.kl < best.kl
-        if candidate.name == self.search.method and self.search.races:
-            return False  # it has to win a race first, and is then part of what was refined
         return self.judge.prefers(candidate.assignment.choice, best.assignment.choice)
 
     def results(
@@ -215,9 +224,9 @@ class _Job:
             first["found.logits"] = logits
             challengers.append(choice)
             yield self._candidate(search.method, choice), history, logits if logits.numel() else None
-        if search.races:
-            before = len(history)
-            result = self._refined(best.assignment.choice, challengers, state, first, before)
+        before = len(history)
+        if (races := search.races - max(0, before - search.search_steps)) > 0:
+            result = self._refined(best.assignment.choice, challengers, state, first, before, races)
             later = (replace(record, step=before + record.step) for record in result.history)
             yield self._candidate(REFINED, result.choice), tuple(later), None
 
@@ -225,40 +234,60 @@ class _Job:
         return Candidate(name, Assignment(self.model.table, choice), self.judge(choice))
 
     def _searched(self, start: Candidate, state: Mapping[str, Any]) -> SolveResult:
+        """The search's steps; where the estimate is far off more of them in place of races, for as long as that pays."""
         search, table, budget = self.search, self.model.table, self.budget
-        steps = search.search_steps
+        steps, every = search.search_steps, search.evaluate_every
+        predicted = self.q[np.arange(len(self.q)), start.assignment.choice].sum()
+        most = steps + (search.races if start.kl > FAR_OFF * predicted else 0)
         loss = SampledLoss(self.model, self.q, self.pools[0], self.references[0], search)
-        evolution = search.method == "evolution"
-        total = evolution_steps(steps, search.samples) if evolution else steps
-        with self.progress.stage("search", total) as advance:
-            if state:
-                loss.skip(state["step"])
-                advance(state["step"])
+        shared: dict[str, Any] = {
+            "feasible": feasible(table, budget), "evaluate": self.judge, "evaluate_every": every,
+            "seed": search.seed, "samples": search.samples,
+            "floor": table.floors, "layer": table.layer, "allowed": torch.from_numpy(table.allowed),
+        }  # fmt: skip
+        total = steps
+        if search.method == "evolution":
+            total = evolution_steps(steps, search.samples)
+            value = batch_losses(self.model, self.pools[0], self.references[0], search)
+            shared |= {"value": value, "start": start.assignment.choice}
+        else:
+            logits = start_logits(self.q, start.assignment) if self.logits is None else self.logits
+            shared |= {"lr": search.learning_rate, "init_logits": logits, "weight": search.penalty * start.kl}
 
+        def run(end: int, advance: Callable[[int], None]) -> SolveResult:
             def on_step(record: StepRecord) -> None:
+                nonlocal state
                 self.watch(SEARCH, record)
                 self._save(record, {})
                 _tell("search", record)
                 advance(1)
+                state = record.state()
 
-            shared: dict[str, Any] = {
-                "feasible": feasible(table, budget), "evaluate": self.judge, "evaluate_every": search.evaluate_every,
-                "on_step": on_step, "state": state or None, "seed": search.seed, "samples": search.samples,
-                "steps": steps, "floor": table.floors, "layer": table.layer, "allowed": torch.from_numpy(table.allowed),
-            }  # fmt: skip
-            if evolution:
-                value = batch_losses(self.model, self.pools[0], self.references[0], search)
-                shared |= {"value": value, "start": start.assignment.choice}
-            else:
-                shared |= {"lr": search.learning_rate, "tau": (search.tau_start, search.tau_end)}
-                shared |= {
-                    "init_logits": start_logits(self.q, start.assignment)
-                    if self.logits is None
-                    else self.logits,
-                    "weight": search.penalty * start.kl,
-                }
-            costs = torch.from_numpy(table.costs)
-            return solve(costs, budget.bytes, loss, method=SEARCHES[search.method], **shared)
+            costs, method = torch.from_numpy(table.costs), SEARCHES[search.method]
+            if search.method != "evolution":
+                shared["tau"] = (
+                    search.tau_start,
+                    temperature(end - 1, most, (search.tau_start, search.tau_end)),
+                )
+            given = shared | {"steps": end, "on_step": on_step, "state": state or None}
+            return solve(costs, budget.bytes, loss, method=method, **given)
+
+        done = int(state["step"]) if state else 0
+        loss.skip(done)
+        with self.progress.stage("search", total) as advance:
+            advance(min(done, total))
+            result = run(steps, advance)
+        end = steps
+        if end == most:
+            return result
+        with self.progress.stage("search on", most - steps) as advance:
+            advance(max(0, done - steps))
+            # What was done before an interruption had paid.
+            while end < most and (end < done or _pays(result, 2 * every)):
+                end = min(end + every, most)
+                if end >= done:
+                    result = run(end, advance)
+        return result
 
     def _refined(
         self,
@@ -267,12 +296,13 @@ class _Job:
         state: Mapping[str, Any],
         first: Mapping[str, torch.Tensor],
         before: int,
+        races: int,
     ) -> SolveResult:
         search, table = self.search, self.model.table
         doubt = np.full(len(table.options), DOUBT)
         if table.prune_index is not None:
             doubt[table.prune_index] = DOUBT_OF_PRUNING
-        passes = search.races * search.samples * (1 + BACKWARD) * search.batch
+        passes = races * search.samples * (1 + BACKWARD) * search.batch
         begun = state if "races.best" in state else None
         done = min(passes, int(begun["races.passes"])) if begun else 0
         with self.progress.stage("refine by races", passes) as advance:
