@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from eval.prepared import MODELS, recipe_of, subject
 from eval.quality import Judge
 from moe_rco.baselines import starting_points
@@ -32,6 +34,12 @@ class Posed:
     @property
     def table(self) -> CostTable:
         return self.prepared.model.table
+
+    @property
+    def far_off(self) -> float:
+        """KL of `start` on the kept-out text as a multiple of what the Fisher estimate predicts of it."""
+        choice = self.start.choice
+        return self.kept_out(choice) / self.prepared.effects[np.arange(len(choice)), choice].sum()
 
     def heldout(self, assignment: Assignment) -> float:
         """KL on the held-out text."""

@@ -14,9 +14,9 @@ _INTRODUCTION = """Experts are pruned, all others stay as they are; everyone pru
 with the same calibration token ids. KL(original || pruned) in nats per token, whole vocabulary, shipped held-out text of all
 domains, judged as deployed (pruned experts masked before top-k): mean over seeds +- standard deviation.
 
-Times are wall-clock on one CPU core, ours and the rivals' one after another, without loading the model. Preparation: for us,
-calibration statistics and the effect of every expert, once a model and good for every budget; for RCO, the original's
-log-probabilities.
+Times are wall-clock on one core of the same kind of CPU, without loading the model; what was measured at one commit, one after
+another. Preparation: for us, calibration statistics and the effect of every expert, once a model and good for every budget; for
+RCO, the original's log-probabilities.
 
 - ours: the demo recipe's search. It also looks at the sequences kept out (a fifth of the text), to choose among candidates.
 - RCO (IST-DASLab/RCO): the options of its `scripts/run_search_prune.sh`, so 300 steps of 4 antithetic samples on 4

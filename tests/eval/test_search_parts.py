@@ -14,7 +14,7 @@ FIRST, SECOND = list(PROBLEMS)[:2]
 
 def _record(model: str, problem: str, kl: float) -> dict[str, Any]:
     each = {SEED: 3.0, START: 2.0} | dict.fromkeys(PARTS, kl)
-    return {"model": model, "method": problem, "seed": 0, "kl": each}
+    return {"model": model, "method": problem, "seed": 0, "far_off": 1.9, "kl": each}
 
 
 def _rows(records: list[dict[str, Any]]) -> list[list[str]]:
@@ -24,11 +24,11 @@ def _rows(records: list[dict[str, Any]]) -> list[list[str]]:
 
 def test_a_problem_s_ratio_is_the_geometric_mean_over_its_records() -> None:
     rows = _rows([_record("demo", FIRST, 1.0), _record("mixtral", FIRST, 4.0), _record("demo", SECOND, 0.5)])
-    assert [row[:3] for row in rows] == [
-        ["demo", FIRST, "0"], ["mixtral", FIRST, "0"], ["demo", SECOND, "0"],
-        ["all", FIRST, ""], ["all", SECOND, ""], ["all", "all", ""],
+    assert [row[:4] for row in rows] == [
+        ["demo", FIRST, "0", "1.90"], ["mixtral", FIRST, "0", "1.90"], ["demo", SECOND, "0", "1.90"],
+        ["all", FIRST, "", ""], ["all", SECOND, "", ""], ["all", "all", "", ""],
     ]  # fmt: skip
-    start, part = 4, 5
+    start, part = 5, 6
     assert {row[start] for row in rows[3:]} == {"1.000"}
     assert float(rows[3][part]) == pytest.approx((0.5 * 2) ** 0.5, abs=1e-3)
     assert float(rows[4][part]) == pytest.approx(0.25, abs=1e-3)
