@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_rco.calib.search import FAR_OFF
 from moe_rco.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,3 +42,8 @@ def test_commands_and_their_options_exist(page: Path) -> None:
 def test_every_page_is_reached_from_the_readme() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [page.name for page in PAGES if f"docs/{page.name}" not in readme] == []
+
+
+@pytest.mark.parametrize("name", ["method.md", "recipe.md"])
+def test_the_limit_above_which_gradients_go_on_is_the_code_s(name: str) -> None:
+    assert f"more than {FAR_OFF} times what" in (ROOT / "docs" / name).read_text(encoding="utf-8")
