@@ -47,8 +47,7 @@ _BY_STAGE = {
     "calibrate and quantise": "calibration.sequence_length",
     "measure output errors": "calibration.sequence_length",
     "search": "search.batch or search.samples",
-    "search on": "search.batch or search.samples",
-    "refine by races": "search.batch or search.samples",
+    "refine": "search.batch or search.samples",
 }
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, ValidationError, computed_field
 
 from moe_rco._version import __version__
+from moe_rco.calib.search import step_passes
 from moe_rco.ckpt.destination import CURVE
 from moe_rco.ckpt.shards import read_manifest
 from moe_rco.ckpt.store import listed
@@ -19,7 +20,7 @@ from moe_rco.ckpt.workdir import SUFFIX, Part, WorkDirectory
 from moe_rco.ckpt.writer import replace_text
 from moe_rco.curve import Curve
 from moe_rco.errors import OutputError
-from moe_rco.optim.solve import BACKWARD, SEARCHES, evolution_steps
+from moe_rco.optim.solve import SEARCHES, evolution_steps
 from moe_rco.plan import costs_digest
 from moe_rco.recipe import Recipe
 from moe_rco.recipe_sections import Search
@@ -40,10 +41,10 @@ def part_names(budgets: Sequence[Budget]) -> tuple[str, ...]:
 
 
 class Effort(_Part):
-    """What the search for one budget takes at most; a step that is taken in place of races stands for `step_passes`."""
+    """What the search for one budget takes at most; a step that refines stands for `step_passes`."""
 
     search_steps: int
-    race_passes: int
+    refine_passes: int
     step_passes: int
 
     @classmethod
@@ -51,18 +52,18 @@ class Effort(_Part):
         smallest, largest = table.range
         # Where the budget leaves no choice there is no search.
         if search.method not in SEARCHES or not smallest < budget.bytes < largest:
-            return cls(search_steps=0, race_passes=0, step_passes=0)
+            return cls(search_steps=0, refine_passes=0, step_passes=0)
         steps = search.search_steps
         if search.method == "evolution":
             steps = evolution_steps(steps, search.samples)
-        passes = search.samples * (1 + BACKWARD) * search.batch
-        return cls(search_steps=steps, race_passes=search.races * passes, step_passes=passes)
+        passes = step_passes(search)
+        return cls(search_steps=steps, refine_passes=search.races * passes, step_passes=passes)
 
 
 class Run(_Part):
     """`run.json`: what a run is about. `recipe`, `search` and `costs` are digests, `options` those that are quantised.
 
-    `layers` are MoE layers. `search_steps` and `race_passes` (sequences run) are what the search takes at most for each of
+    `layers` are MoE layers. `search_steps` and `refine_passes` (sequences run) are what the search takes at most for each of
     `budgets`, the names of their parts.
     """
 
@@ -219,7 +220,7 @@ def _stages(run: Run, work: WorkDirectory) -> tuple[Stage, ...]:
     store, options = listed(work.store)
     parts = [_part_done(work.part(name), store, run, effort) for name, effort in run.budgets.items()]
     efforts = run.budgets.values()
-    steps, passes = sum(e.search_steps for e in efforts), sum(e.race_passes for e in efforts)
+    steps, passes = sum(e.search_steps for e in efforts), sum(e.refine_passes for e in efforts)
     stages = [
         Stage(
             name="options quantised",
@@ -235,7 +236,7 @@ def _stages(run: Run, work: WorkDirectory) -> tuple[Stage, ...]:
     if steps:
         stages.append(Stage(name="search steps", done=sum(part.steps for part in parts), total=steps))
     if passes:
-        stages.append(Stage(name="race passes", done=sum(part.passes for part in parts), total=passes))
+        stages.append(Stage(name="refining passes", done=sum(part.passes for part in parts), total=passes))
     written = Stage(
         name="shards written",
         done=sum(part.shards for part in parts),
@@ -260,13 +261,13 @@ class _Done:
 def _part_done(part: Part, store: str, run: Run, effort: Effort) -> _Done:
     shards = _shards(part, store, run.recipe)
     if shards is not None:
-        return _Done(effort.search_steps, effort.race_passes, len(shards["shards"]), shards["total"])
+        return _Done(effort.search_steps, effort.refine_passes, len(shards["shards"]), shards["total"])
     state = part.search(store, run.search).load() or {}
     steps = len(state["found.history"]) if "found.history" in state else int(state.get("step", 0))
     passes = int(state.get("races.passes", 0)) + max(0, steps - effort.search_steps) * effort.step_passes
     if "races.best" in state:
         steps = effort.search_steps  # also where there were none
-    return _Done(min(steps, effort.search_steps), min(passes, effort.race_passes))
+    return _Done(min(steps, effort.search_steps), min(passes, effort.refine_passes))
 
 
 def _results(output: Path) -> tuple[Result, ...]:

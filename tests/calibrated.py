@@ -29,15 +29,20 @@ OPTIONS = ("prune", "int3-g64", "int4-g64", "bf16")
 
 
 class Totals:
-    """A Progress that remembers how long every stage was to be."""
+    """A Progress that remembers how long every stage was to be, and how far it came."""
 
     def __init__(self) -> None:
         self.seen: dict[str, int] = {}
+        self.done: dict[str, int] = {}
 
     @contextmanager
     def stage(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
-        self.seen[title] = total
-        yield lambda units: None
+        self.seen[title], self.done[title] = total, 0
+
+        def advance(units: int) -> None:
+            self.done[title] += units
+
+        yield advance
 
 
 @dataclass

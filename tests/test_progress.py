@@ -32,7 +32,7 @@ RUN = Run(
     seed=0,
     layers=3,
     options=("int4-g64", "int8-g64"),
-    budgets={"": Effort(search_steps=40, race_passes=960, step_passes=24)},
+    budgets={"": Effort(search_steps=40, refine_passes=960, step_passes=24)},
 )
 
 
@@ -57,7 +57,7 @@ def test_the_stages_one_after_the_other(work: WorkDirectory) -> None:
         "options quantised": (0, 6),
         "effects measured": (0, 1),
         "search steps": (0, 40),
-        "race passes": (0, 960),
+        "refining passes": (0, 960),
         "shards written": (0, 0),
     }
     assert stages(work) == expected
@@ -78,17 +78,17 @@ def test_the_stages_one_after_the_other(work: WorkDirectory) -> None:
     assert stages(work) == expected
 
     search.save({"step": 46})  # six in place of races
-    expected |= {"search steps": (40, 40), "race passes": (144, 960)}
+    expected |= {"search steps": (40, 40), "refining passes": (144, 960)}
     assert stages(work) == expected
 
     search.save({"races.best": torch.zeros(1), "races.passes": 96, "found.history": torch.zeros(46, 8)})
-    expected["race passes"] = (240, 960)
+    expected["refining passes"] = (240, 960)
     assert stages(work) == expected
 
     manifest = ShardManifest(work.part().shards, "f r more")
     manifest.begin(5)
     manifest.add("model-00001-of-00005.safetensors", "0")
-    expected |= {"race passes": (960, 960), "shards written": (1, 5)}
+    expected |= {"refining passes": (960, 960), "shards written": (1, 5)}
     assert stages(work) == expected
 
 
@@ -198,15 +198,15 @@ def test_the_totals_are_those_of_the_run(
     (run,) = noted
     (effort,) = run.budgets.values()
     assert effort.search_steps == totals.seen.get("search", 0)
-    assert effort.race_passes == totals.seen.get("refine by races", 0)
+    assert effort.refine_passes == totals.seen.get("refine", 0)
     assert run.layers == 4
     assert run.options == ("int4-g64",)
 
 
 def test_several_budgets_are_added_up(work: WorkDirectory) -> None:
     efforts = {
-        "50pct": Effort(search_steps=40, race_passes=960, step_passes=24),
-        "25pct": Effort(search_steps=40, race_passes=0, step_passes=24),
+        "50pct": Effort(search_steps=40, refine_passes=960, step_passes=24),
+        "25pct": Effort(search_steps=40, refine_passes=0, step_passes=24),
     }
     RUN.model_copy(update={"budgets": efforts}).save(work)
     Store(work.store, "f")
@@ -217,7 +217,7 @@ def test_several_budgets_are_added_up(work: WorkDirectory) -> None:
     ShardManifest(first.shards, "f r more").begin(3)
     second.search("f", "s").save({"step": 30})
     assert stages(work)["search steps"] == (70, 80)
-    assert stages(work)["race passes"] == (960, 960)
+    assert stages(work)["refining passes"] == (960, 960)
     assert stages(work)["shards written"] == (0, 3)
     assert stages(work)["budgets finished"] == (0, 2)
     report().save(first.checkpoint)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -19,7 +19,6 @@ from moe_rco.optim import (
     EqualLayers,
     FeasibleSet,
     Knapsack,
-    SolveResult,
     StepRecord,
     evolution_steps,
     refine,
@@ -41,6 +40,11 @@ DOUBT, DOUBT_OF_PRUNING = 0.25, 0.5
 FAR_OFF = 1.75
 """How many times what is predicted of the first assignment its loss has to be for gradients to go before races, which rely
 on what is predicted."""
+
+
+def step_passes(search: Search) -> int:
+    """Passes of one sequence that a step takes, forward and backward, of all its samples."""
+    return search.samples * (1 + BACKWARD) * search.batch
 
 
 def feasible(table: CostTable, budget: Budget) -> FeasibleSet:
@@ -129,9 +133,17 @@ def find(
     judge = KeptOut(model, pools[1], references[1])
     job = _Job(model, budget, by_sequence, pools, references, search, judge, progress, resume, logits, watch)
     tried = list[Candidate]()
+
+    def told(name: str, assignment: Assignment) -> Candidate:
+        candidate = Candidate(name, assignment, judge(assignment.choice))
+        _log.info(
+            "candidate %s: KL %.5f on text kept out, %s bytes", name, candidate.kl, f"{assignment.cost:,}"
+        )
+        return candidate
+
     with progress.stage("judge the candidates", len(candidates)) as advance:
         for name, assignment in candidates.items():
-            tried.append(_told(Candidate(name, assignment, judge(assignment.choice))))
+            tried.append(told(name, assignment))
             advance(1)
     best, rival = tried[0], min(tried, key=lambda candidate: candidate.kl)
     if job.prefers(rival, best):
@@ -141,10 +153,10 @@ def find(
     smallest, largest = model.table.range
     # Where the budget leaves no choice there is nothing to search.
     if search.method in SEARCHES and smallest < budget.bytes < largest:
-        for found, records, ended in job.results(best, rival):
-            tried.append(_told(found))
-            history += records
-            final = final if ended is None else ended
+        for found in job.results(best, rival):
+            tried.append(told(found.name, Assignment(model.table, found.choice)))
+            history += found.history
+            final = final if found.logits is None else found.logits
         # What races follow has to win one, and is then part of what they end with.
         if history and job.prefers(tried[-1], best):
             best = tried[-1]
@@ -152,18 +164,6 @@ def find(
     compared = min(others, key=lambda candidate: candidate.kl, default=None)
     _log.info("chosen: %s", best.name)
     return Chosen(best, tuple(sorted(tried, key=lambda candidate: candidate.kl)), history, compared, final)
-
-
-def _told(candidate: Candidate) -> Candidate:
-    cost = candidate.assignment.cost
-    _log.info("candidate %s: KL %.5f on text kept out, %s bytes", candidate.name, candidate.kl, f"{cost:,}")
-    return candidate
-
-
-def _pays(result: SolveResult, last: int) -> bool:
-    """Whether the `last` steps found something better on the kept-out sequences."""
-    bests = [record.best for record in result.history]
-    return bests[-1] < bests[max(0, len(bests) - 1 - last)]
 
 
 def _tell(name: str, record: StepRecord) -> None:
@@ -174,6 +174,34 @@ def _tell(name: str, record: StepRecord) -> None:
     if record.value is not None:
         parts.append(f"{record.value:.5f} on text kept out, best {record.best:.5f}")
     _log.info("%s step %d: %s", name, record.step, ", ".join(parts))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a part of the search ended with; `logits` are None where it has none."""
+
+    name: str
+    choice: np.ndarray
+    history: tuple[StepRecord, ...]
+    logits: torch.Tensor | None = None
+
+    def pays(self, last: int) -> bool:
+        """Whether the `last` steps found something better on the kept-out sequences."""
+        bests = [record.best for record in self.history]
+        return bests[-1] < bests[max(0, len(bests) - 1 - last)]
+
+    def state(self) -> dict[str, Any]:
+        """What `load` needs."""
+        choice, history = torch.from_numpy(self.choice), pack_history(self.history)
+        return {"found": choice, "found.history": history, "found.logits": self.logits}
+
+    @classmethod
+    def load(cls, name: str, state: Mapping[str, Any]) -> _Found | None:
+        """None where there is none in the state."""
+        if "found" not in state:
+            return None
+        history = tuple(unpack_history(state["found.history"]))
+        return cls(name, state["found"].numpy(), history, state["found.logits"])
 
 
 @dataclass(frozen=True)
@@ -203,127 +231,145 @@ class _Job:
             return candidate.kl < best.kl
         return self.judge.prefers(candidate.assignment.choice, best.assignment.choice)
 
-    def results(
-        self, best: Candidate, lowest: Candidate
-    ) -> Iterator[tuple[Candidate, tuple[StepRecord, ...], torch.Tensor | None]]:
-        """What the recipe's method finds from the lowest KL; then, with `rco`, what races make of it and the best.
-
-        With each its history and the logits it ended with, None where it has none.
-        """
+    def results(self, best: Candidate, lowest: Candidate) -> list[_Found]:
+        """What the recipe's method finds from the lowest KL; then, with `rco`, what races make of it and the best."""
         search, state = self.search, (self.resume.load() if self.resume else None) or {}
-        first, history = dict[str, torch.Tensor](), tuple[StepRecord, ...]()
-        challengers = [lowest.assignment.choice]
-        if search.search_steps:
-            if "found" in state:
-                choice, history = state["found"].numpy(), tuple(unpack_history(state["found.history"]))
-                logits = state["found.logits"]
-            else:
-                result = self._searched(lowest, state)
-                choice, history, logits = result.choice, result.history, result.logits
-            first = {"found": torch.from_numpy(choice), "found.history": pack_history(history)}
-            first["found.logits"] = logits
-            challengers.append(choice)
-            yield self._candidate(search.method, choice), history, logits if logits.numel() else None
-        before = len(history)
-        if (races := search.races - max(0, before - search.search_steps)) > 0:
-            result = self._refined(best.assignment.choice, challengers, state, first, before, races)
-            later = (replace(record, step=before + record.step) for record in result.history)
-            yield self._candidate(REFINED, result.choice), tuple(later), None
+        found, gradients = _Found.load(search.method, state), None
+        if search.search_steps and found is None:
+            gradients = _Gradients(self, lowest, state)
+            with self.progress.stage("search", gradients.total) as advance:
+                found = gradients.begin(advance)
+        if not search.races:
+            return [] if found is None else [found]
 
-    def _candidate(self, name: str, choice: np.ndarray) -> Candidate:
-        return Candidate(name, Assignment(self.model.table, choice), self.judge(choice))
+        def more() -> int:
+            return 0 if found is None else max(0, len(found.history) - search.search_steps)
 
-    def _searched(self, start: Candidate, state: Mapping[str, Any]) -> SolveResult:
-        """The search's steps; where the estimate is far off more of them in place of races, for as long as that pays."""
-        search, table, budget = self.search, self.model.table, self.budget
-        steps, every = search.search_steps, search.evaluate_every
-        predicted = self.q[np.arange(len(self.q)), start.assignment.choice].sum()
-        most = steps + (search.races if start.kl > FAR_OFF * predicted else 0)
-        loss = SampledLoss(self.model, self.q, self.pools[0], self.references[0], search)
-        shared: dict[str, Any] = {
-            "feasible": feasible(table, budget), "evaluate": self.judge, "evaluate_every": every,
-            "seed": search.seed, "samples": search.samples,
-            "floor": table.floors, "layer": table.layer, "allowed": torch.from_numpy(table.allowed),
-        }  # fmt: skip
-        total = steps
-        if search.method == "evolution":
-            total = evolution_steps(steps, search.samples)
-            value = batch_losses(self.model, self.pools[0], self.references[0], search)
-            shared |= {"value": value, "start": start.assignment.choice}
-        else:
-            logits = start_logits(self.q, start.assignment) if self.logits is None else self.logits
-            shared |= {"lr": search.learning_rate, "init_logits": logits, "weight": search.penalty * start.kl}
+        each = step_passes(search)
+        with self.progress.stage("refine", search.races * each) as advance:
+            advance(more() * each)
+            if gradients is not None:
+                found = gradients.go_on(lambda steps: advance(steps * each))
+            refined = self._raced(best, lowest, found, (search.races - more()) * each, state, advance)
+        return [result for result in (found, refined) if result is not None]
 
-        def run(end: int, advance: Callable[[int], None]) -> SolveResult:
-            def on_step(record: StepRecord) -> None:
-                nonlocal state
-                self.watch(SEARCH, record)
-                self._save(record, {})
-                _tell("search", record)
-                advance(1)
-                state = record.state()
-
-            costs, method = torch.from_numpy(table.costs), SEARCHES[search.method]
-            if search.method != "evolution":
-                shared["tau"] = (
-                    search.tau_start,
-                    temperature(end - 1, most, (search.tau_start, search.tau_end)),
-                )
-            given = shared | {"steps": end, "on_step": on_step, "state": state or None}
-            return solve(costs, budget.bytes, loss, method=method, **given)
-
-        done = int(state["step"]) if state else 0
-        loss.skip(done)
-        with self.progress.stage("search", total) as advance:
-            advance(min(done, total))
-            result = run(steps, advance)
-        end = steps
-        if end == most:
-            return result
-        with self.progress.stage("search on", most - steps) as advance:
-            advance(max(0, done - steps))
-            # What was done before an interruption had paid.
-            while end < most and (end < done or _pays(result, 2 * every)):
-                end = min(end + every, most)
-                if end >= done:
-                    result = run(end, advance)
-        return result
-
-    def _refined(
+    def _raced(
         self,
-        start: np.ndarray,
-        challengers: list[np.ndarray],
+        best: Candidate,
+        lowest: Candidate,
+        found: _Found | None,
+        passes: int,
         state: Mapping[str, Any],
-        first: Mapping[str, torch.Tensor],
-        before: int,
-        races: int,
-    ) -> SolveResult:
-        search, table = self.search, self.model.table
+        advance: Callable[[int], None],
+    ) -> _Found | None:
+        """What races of so many passes make of the best; None where none are left."""
+        if not passes:
+            return None
+        table = self.model.table
         doubt = np.full(len(table.options), DOUBT)
         if table.prune_index is not None:
             doubt[table.prune_index] = DOUBT_OF_PRUNING
-        passes = races * search.samples * (1 + BACKWARD) * search.batch
         begun = state if "races.best" in state else None
         done = min(passes, int(begun["races.passes"])) if begun else 0
-        with self.progress.stage("refine by races", passes) as advance:
-            advance(done)
+        advance(done)
+        challengers, first, before = [lowest.assignment.choice], dict[str, Any](), 0
+        if found is not None:
+            challengers.append(found.choice)
+            first, before = found.state(), len(found.history)
 
-            def on_step(record: StepRecord) -> None:
-                nonlocal done
-                self.watch(RACES, replace(record, step=before + record.step))
-                self._save(record, first)
-                _tell("races", record)
-                advance(min(passes, record.evaluations) - done)
-                done = min(passes, record.evaluations)
+        def counted(record: StepRecord) -> StepRecord:
+            return replace(record, step=before + record.step)
 
-            return refine(
-                row_losses(self.model, self.pools[0], self.references[0]), len(self.pools[0]),
-                feasible(table, self.budget), start, self.q, doubt * self.q, passes=passes,
-                challengers=challengers, controls=self.by_sequence,
-                units=table.layer if table.layout == "stock" else None,
-                on_step=on_step, state=begun, seed=search.seed,
-            )  # fmt: skip
+        def on_step(record: StepRecord) -> None:
+            nonlocal done
+            self.watch(RACES, counted(record))
+            self.save(record, first)
+            _tell("races", record)
+            advance(min(passes, record.evaluations) - done)
+            done = min(passes, record.evaluations)
 
-    def _save(self, record: StepRecord, more: Mapping[str, Any]) -> None:
+        result = refine(
+            row_losses(self.model, self.pools[0], self.references[0]), len(self.pools[0]),
+            feasible(table, self.budget), best.assignment.choice, self.q, doubt * self.q, passes=passes,
+            challengers=challengers, controls=self.by_sequence,
+            units=table.layer if table.layout == "stock" else None,
+            on_step=on_step, state=begun, seed=self.search.seed,
+        )  # fmt: skip
+        return _Found(REFINED, result.choice, tuple(counted(record) for record in result.history))
+
+    def save(self, record: StepRecord, more: Mapping[str, Any]) -> None:
         if self.resume and record.step % self.search.evaluate_every == 0:
             self.resume.save({**record.state(), **more})
+
+
+class _Gradients:
+    """The steps of a search from `start`; where the estimate is far off, they may go on in place of races.
+
+    `total` is how many there are before that.
+    """
+
+    def __init__(self, job: _Job, start: Candidate, state: Mapping[str, Any]) -> None:
+        search, table, reference = job.search, job.model.table, job.references[0]
+        predicted = job.q[np.arange(len(job.q)), start.assignment.choice].sum()
+        self._most = search.search_steps + (search.races if start.kl > FAR_OFF * predicted else 0)
+        self._job, self._state, self._done = job, state, int(state.get("step", 0))
+        self._loss = SampledLoss(job.model, job.q, job.pools[0], reference, search)
+        self._loss.skip(self._done)
+        self._given: dict[str, Any] = {
+            "feasible": feasible(table, job.budget), "evaluate": job.judge, "evaluate_every": search.evaluate_every,
+            "seed": search.seed, "samples": search.samples,
+            "floor": table.floors, "layer": table.layer, "allowed": torch.from_numpy(table.allowed),
+        }  # fmt: skip
+        self.total = search.search_steps
+        if search.method == "evolution":
+            self.total = evolution_steps(search.search_steps, search.samples)
+            value = batch_losses(job.model, job.pools[0], reference, search)
+            self._given |= {"value": value, "start": start.assignment.choice}
+        else:
+            logits = start_logits(job.q, start.assignment) if job.logits is None else job.logits
+            self._given |= {
+                "lr": search.learning_rate,
+                "init_logits": logits,
+                "weight": search.penalty * start.kl,
+            }
+
+    def begin(self, advance: Callable[[int], None]) -> _Found:
+        """What the recipe's steps find."""
+        advance(min(self._done, self.total))
+        self._found = self._until(self._job.search.search_steps, advance)
+        return self._found
+
+    def go_on(self, advance: Callable[[int], None]) -> _Found:
+        """What more steps make of it, for as long as one of the last two looks found something better."""
+        end, every = self._job.search.search_steps, self._job.search.evaluate_every
+        # What was done before an interruption had paid.
+        while end < self._most and (end < self._done or self._found.pays(2 * every)):
+            end = min(end + every, self._most)
+            if end >= self._done:
+                self._found = self._until(end, advance)
+        return self._found
+
+    def _until(self, end: int, advance: Callable[[int], None]) -> _Found:
+        job, search, table = self._job, self._job.search, self._job.model.table
+
+        def on_step(record: StepRecord) -> None:
+            job.watch(SEARCH, record)
+            job.save(record, {})
+            _tell("search", record)
+            advance(1)
+            self._state = record.state()
+
+        given = self._given | {"steps": end, "on_step": on_step, "state": self._state or None}
+        if search.method != "evolution":
+            first, last = search.tau_start, search.tau_end
+            # One schedule over all steps there may be.
+            given["tau"] = first, temperature(end - 1, self._most, (first, last))
+        result = solve(
+            torch.from_numpy(table.costs),
+            job.budget.bytes,
+            self._loss,
+            method=SEARCHES[search.method],
+            **given,
+        )
+        logits = result.logits if result.logits.numel() else None
+        return _Found(search.method, result.choice, result.history, logits)

@@ -159,9 +159,10 @@ def stays_and_goes_on(ready: Calibration, method: Any, cut: int) -> None:
 
     keep = Kept()
     keep.saved.clear()
+    at_once, in_two = Totals(), Totals()
     whole, resumed = (
-        find(ready.model, budget, ready.by_sequence, ready.pools, references, settings, start, Silent(), keep)
-        for _ in range(2)
+        find(ready.model, budget, ready.by_sequence, ready.pools, references, settings, start, stages, keep)
+        for stages in (at_once, in_two)
     )
     whole.best.assignment.check(budget)
     refined = {REFINED} if method == "rco" else set()
@@ -169,6 +170,7 @@ def stays_and_goes_on(ready: Calibration, method: Any, cut: int) -> None:
     assert [record.step for record in whole.history] == list(range(1, len(whole.history) + 1))
     assert whole.best.kl < next(c.kl for c in whole.candidates if c.name == "random")
     assert whole.history == resumed.history
+    assert all(at_once.done[name] == done for name, done in in_two.done.items())
     assert np.array_equal(whole.best.assignment.choice, resumed.best.assignment.choice)
 
 
@@ -183,19 +185,21 @@ def test_where_the_estimate_is_far_off_gradients_go_on_in_place_of_races(
     judge = KeptOut(one.model, one.pools[1], references[1])
     predicted = one.q[np.arange(len(one.q)), start.choice].sum()
     off = judge(start.choice) / predicted / FAR_OFF * (1 - 1e-9 if far_off else 1 + 1e-9)
-    stages = Totals()
+    stages, each = Totals(), 2 * 2 * (1 + BACKWARD)
     chosen = find(
         one.model, budget, one.by_sequence * off, one.pools, references, settings, {"start": start}, stages
     )
     steps = sum(record.tau > 0 for record in chosen.history)
-    assert ("search on" in stages.seen) == far_off
     best = [record.best for record in chosen.history[1:steps:2]]  # after every look
     better = [later < earlier for earlier, later in zip(best, best[2:], strict=False)]
     assert not far_off or (steps > 6 and all(better[:-1]) and (steps == 12 or not better[-1]))
     assert far_off or steps == 6
     tau = settings.tau_start * (settings.tau_end / settings.tau_start) ** (5 / (11 if far_off else 5))
     assert chosen.history[5].tau == pytest.approx(tau)
-    assert stages.seen.get("refine by races", 0) == (12 - steps) * 2 * 2 * (1 + BACKWARD)
+    assert stages.seen["refine"] == 6 * each
+    raced = max((record.evaluations for record in chosen.history[steps:]), default=0)
+    assert (raced > 0) == (steps < 12)
+    assert stages.done["refine"] == (steps - 6) * each + min(raced, (12 - steps) * each)
     assert judge(chosen.best.assignment.choice) <= judge(start.choice)
 
 

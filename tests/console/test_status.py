@@ -17,7 +17,7 @@ def test_status_shows_what_is_kept_and_what_was_there() -> None:
             "state": "interrupted",
             "process": {"pid": 4711, "host": "box", "started": "2026-01-02T03:04:05+00:00"},
             "stages": [
-                {"name": "race passes", "done": 1200, "total": 3840},
+                {"name": "refining passes", "done": 1200, "total": 3840},
                 {"name": "shards written", "done": 0, "total": 0},
             ],
             "results": [
@@ -36,7 +36,7 @@ def test_status_shows_what_is_kept_and_what_was_there() -> None:
     console.show_status(found, target)
     text = shown(target)
     assert text.startswith("out/[demo]: interrupted\nIt was process 4711 on box")
-    assert re.search(r"race passes +1,200 +3,840\n", text)
+    assert re.search(r"refining passes +1,200 +3,840\n", text)
     assert re.search(r"shards written +0 +-\n", text)
     assert "goes on from here" in text
     assert "An earlier run's output" in text

@@ -89,7 +89,7 @@ def moments(draw: random.Random) -> list[tuple[Count, int]]:
         (stored, 8),
         (measured, 1),
         *some(searched("search steps"), 24, 3),
-        *some(searched("race passes"), 900, 4),
+        *some(searched("refining passes"), 900, 4),
         *some(shards, 18, 4),
         (reloading, 1),
     ]
