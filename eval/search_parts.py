@@ -84,7 +84,7 @@ def _found(at: Posed, part: str) -> Assignment:
             Lines(),
         )
     ends = {candidate.name: candidate.assignment for candidate in found.candidates}
-    return ends.get(REFINED, ends[method])
+    return ends[REFINED if REFINED in ends else method]
 
 
 def render(records: Sequence[dict[str, Any]]) -> str:
