@@ -15,8 +15,8 @@ with the same calibration token ids. KL(original || pruned) in nats per token, w
 domains, judged as deployed (pruned experts masked before top-k): mean over seeds +- standard deviation.
 
 Times are wall-clock on one CPU core, without loading the model. They are compared over the seeds that both were run with at one
-commit, one after another; a ~ is where there are none, so that machines may have differed. Preparation: for us, calibration
-statistics and the effect of every expert, once a model and good for every budget; for RCO, the original's log-probabilities.
+commit, one after another, if there are any: others may be of another machine. Preparation: for us, calibration statistics
+and the effect of every expert, once a model and good for every budget; for RCO, the original's log-probabilities.
 
 - ours: the demo recipe's search. It also looks at the sequences kept out (a fifth of the text), to choose among candidates.
 - RCO (IST-DASLab/RCO): the options of its `scripts/run_search_prune.sh`, so 300 steps of 4 antithetic samples on 4
@@ -71,12 +71,11 @@ def _verdicts(records: Records, cases: Sequence[tuple[str, float]], ours: str) -
             if not pairs:
                 continue
             kl = statistics.mean(a["kl"] for a, _ in pairs) / statistics.mean(b["kl"] for _, b in pairs)
-            together = [(a, b) for a, b in pairs if a["commit"] == b["commit"]]
-            timed = together or pairs
-            seconds = sum(_total(a) for a, _ in timed) / sum(_total(b) for _, b in timed)
+            verdict, time = "lower" if kl < 1 else "NOT lower", "–"
+            if timed := [(a, b) for a, b in pairs if a["commit"] == b["commit"]]:
+                seconds = sum(_total(a) for a, _ in timed) / sum(_total(b) for _, b in timed)
+                verdict, time = f"{verdict} in {'less' if seconds < 1 else 'MORE'} time", f"{seconds:.2f}"
             star = _star([rival for _, rival in pairs])
-            verdict = f"{'lower' if kl < 1 else 'NOT lower'} in {'less' if seconds < 1 else 'MORE'} time"
-            time = f"{'' if together else '~'}{seconds:.2f}"
             lines.append(
                 f"| {case[0]} | {case[1]:.0%} | {method}{star} | {kl:.2f} | {time} | {len(pairs)} | {verdict} |"
             )
