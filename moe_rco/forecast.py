@@ -6,11 +6,10 @@ from pathlib import Path
 
 from moe_rco.baselines import PROXY_STRIDE, starting_points, unmeasured
 from moe_rco.calib.data import heldout_pool, load_tokenizer
-from moe_rco.calib.search import step_passes
 from moe_rco.ckpt.rewrite import output_bytes
 from moe_rco.job import Ready
 from moe_rco.optim.races import FIRST_HEAT
-from moe_rco.optim.solve import BACKWARD, SEARCHES
+from moe_rco.optim.solve import BACKWARD, SEARCHES, step_passes
 from moe_rco.reload import RELOAD_SEQUENCES
 from moe_rco.trial import Cost, measure_costs
 from moe_rco.types import Progress
@@ -53,6 +52,7 @@ def stage_times(ready: Ready, progress: Progress, place: Path | None = None) -> 
     steps = run(costs.step, tried, together)
     if search.method == "evolution":
         steps = run(costs.forward, tried * (1 + BACKWARD))
+    refining = search.races * step_passes(search.samples, search.batch)
     points = starting_points(table, sized.budgets[0], *unmeasured(table))
     others = output_bytes(checkpoint, table.groups, 0)
     written = sized.budgets[0].bytes + others
@@ -64,7 +64,7 @@ def stage_times(ready: Ready, progress: Progress, place: Path | None = None) -> 
         "measure output errors": run(costs.errors, len(train) // PROXY_STRIDE),
         "judge the candidates": (1 + len(points)) * judging,  # and the seed
         "search": steps + search.search_steps // search.evaluate_every * judging,
-        "refine": run(costs.forward, search.races * step_passes(search), min(costs.batch, FIRST_HEAT // 2)),
+        "refine": run(costs.forward, refining, min(costs.batch, FIRST_HEAT // 2)),
         "write the model": written * costs.write,
         "hash what was written": 2 * written * costs.read,  # by file and by tensor
         "read it back": written * costs.read + 2 * run(costs.forward, RELOAD_SEQUENCES),

@@ -12,7 +12,6 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, ValidationError, computed_field
 
 from moe_rco._version import __version__
-from moe_rco.calib.search import step_passes
 from moe_rco.ckpt.destination import CURVE
 from moe_rco.ckpt.shards import read_manifest
 from moe_rco.ckpt.store import listed
@@ -20,7 +19,7 @@ from moe_rco.ckpt.workdir import SUFFIX, Part, WorkDirectory
 from moe_rco.ckpt.writer import replace_text
 from moe_rco.curve import Curve
 from moe_rco.errors import OutputError
-from moe_rco.optim.solve import SEARCHES, evolution_steps
+from moe_rco.optim.solve import SEARCHES, evolution_steps, step_passes
 from moe_rco.plan import costs_digest
 from moe_rco.recipe import Recipe
 from moe_rco.recipe_sections import Search
@@ -56,7 +55,7 @@ class Effort(_Part):
         steps = search.search_steps
         if search.method == "evolution":
             steps = evolution_steps(steps, search.samples)
-        passes = step_passes(search)
+        passes = step_passes(search.samples, search.batch)
         return cls(search_steps=steps, refine_passes=search.races * passes, step_passes=passes)
 
 

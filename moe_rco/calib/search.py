@@ -26,7 +26,7 @@ from moe_rco.optim import (
 )
 from moe_rco.optim.gumbel import temperature
 from moe_rco.optim.races import RACES
-from moe_rco.optim.solve import BACKWARD, SEARCHES
+from moe_rco.optim.solve import SEARCHES, step_passes
 from moe_rco.optim.solver import SEARCH
 from moe_rco.optim.trace import pack_history, unpack_history
 from moe_rco.recipe_sections import Search
@@ -40,11 +40,6 @@ DOUBT, DOUBT_OF_PRUNING = 0.25, 0.5
 FAR_OFF = 1.75
 """How many times what is predicted of the first assignment its loss has to be for gradients to go before races, which rely
 on what is predicted."""
-
-
-def step_passes(search: Search) -> int:
-    """Passes of one sequence that a step takes, forward and backward, of all its samples."""
-    return search.samples * (1 + BACKWARD) * search.batch
 
 
 def feasible(table: CostTable, budget: Budget) -> FeasibleSet:
@@ -245,7 +240,7 @@ class _Job:
         def more() -> int:
             return 0 if found is None else max(0, len(found.history) - search.search_steps)
 
-        each = step_passes(search)
+        each = step_passes(search.samples, search.batch)
         with self.progress.stage("refine", search.races * each) as advance:
             advance(more() * each)
             if gradients is not None:

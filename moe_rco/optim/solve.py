@@ -24,6 +24,11 @@ BACKWARD = 2
 """Forward passes that a backward pass is counted as."""
 
 
+def step_passes(samples: int, batch: int) -> int:
+    """Forward passes of one sequence that a step is counted as, with so many samples on batches of so many sequences."""
+    return samples * (1 + BACKWARD) * batch
+
+
 def evolution_steps(steps: int, samples: int, growth: int = GROWTH) -> int:
     """Generations that take as many passes as `steps` steps of `samples` samples, and without growth their swaps."""
     return max(1, steps * samples * (1 + BACKWARD + (growth == 0)) // passes(growth))
