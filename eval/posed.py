@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from eval.prepared import MODELS, recipe_of, subject
 from eval.quality import Judge
 from moe_rco.baselines import starting_points
 from moe_rco.calib.losses import KeptOut
-from moe_rco.calib.search import knapsack
+from moe_rco.calib.search import knapsack, predicted
 from moe_rco.pipeline import Prepared
 from moe_rco.recipe import Recipe
 from moe_rco.types import Assignment, Budget, CostTable
@@ -39,7 +37,7 @@ class Posed:
     def far_off(self) -> float:
         """KL of `start` on the kept-out text as a multiple of what the Fisher estimate predicts of it."""
         choice = self.start.choice
-        return self.kept_out(choice) / self.prepared.effects[np.arange(len(choice)), choice].sum()
+        return self.kept_out(choice) / predicted(self.prepared.effects, choice)
 
     def heldout(self, assignment: Assignment) -> float:
         """KL on the held-out text."""

@@ -54,6 +54,11 @@ def knapsack(losses: np.ndarray, table: CostTable, budget: Budget) -> Assignment
     return Assignment(table, feasible(table, budget).solve(-losses).choice)
 
 
+def predicted(q: np.ndarray, choice: np.ndarray) -> float:
+    """KL of an assignment, were the effects [N, K] of its options to add up."""
+    return float(q[np.arange(len(q)), choice].sum())
+
+
 def start_logits(q: np.ndarray, start: Assignment) -> torch.Tensor:
     """-q / T with T the mean predicted loss of `start`: differences that matter are of order one.
 
@@ -305,8 +310,8 @@ class _Gradients:
 
     def __init__(self, job: _Job, start: Candidate, state: Mapping[str, Any]) -> None:
         search, table, reference = job.search, job.model.table, job.references[0]
-        predicted = job.q[np.arange(len(job.q)), start.assignment.choice].sum()
-        self._most = search.search_steps + (search.races if start.kl > FAR_OFF * predicted else 0)
+        far_off = start.kl > FAR_OFF * predicted(job.q, start.assignment.choice)
+        self._most = search.search_steps + (search.races if far_off else 0)
         self._job, self._state, self._done = job, state, int(state.get("step", 0))
         self._loss = SampledLoss(job.model, job.q, job.pools[0], reference, search)
         self._loss.skip(self._done)
